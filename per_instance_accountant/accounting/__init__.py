@@ -1,0 +1,13 @@
+"""The fold from facts to individual losses, and the charging rules it applies."""
+
+from per_instance_accountant.accounting.rules import (
+    Basis,
+    ChargingRule,
+    FixedThresholds,
+    LastSeen,
+    Sweep,
+    Unamplified,
+    WorstCase,
+)
+
+__all__ = ["Basis", "ChargingRule", "FixedThresholds", "LastSeen", "Sweep", "Unamplified", "WorstCase"]

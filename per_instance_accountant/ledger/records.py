@@ -1,0 +1,134 @@
+"""The facts a ledger holds. No record stores a conclusion: orders, delta and charging rule are chosen when reading."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from per_instance_accountant.errors import UsageError
+
+SAMPLING = ("poisson", "shuffled")
+"""How batches were drawn. Only ``"poisson"`` gives amplification by sampling; ``sample_rate=1`` is full batch."""
+KINDS = ("train", "unlearn")
+RULES = ("worst_case", "fixed_thresholds", "sweep", "unamplified", "last_seen")
+
+
+def _require(ok: bool, name: str, value: object, allowed: str) -> None:
+    if not ok:
+        raise UsageError(
+            "PIA070",
+            f"{name} is {value!r}, allowed is {allowed}",
+            "The fact was not recorded, because no loss could be computed from it",
+            f"pass {name} in {allowed}",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What is fixed for the whole run.
+
+    num_instances: N; instances are dataset positions 0..N-1.
+    ids: (N,) business ids (int64 or str, unique) or None for the positions themselves.
+    groups: name -> (N,) labels (int64 or str), for reports by class or person.
+    assumptions: facts about the training problem that unlearning bounds rest on (JSON-able), with their source.
+    """
+
+    num_instances: int
+    ids: NDArray[Any] | None = None
+    groups: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    assumptions: Mapping[str, Any] | None = None
+    software: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _require(self.num_instances >= 1, "num_instances", self.num_instances, "[1, inf)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """The mechanism in force for the steps that follow, until the next Phase.
+
+    One step releases ``sum_i clip(g_i) + N(0, noise_std^2 I)`` over the drawn instances, where every clipped
+    gradient has norm at most ``max_grad_norm``, and moves the parameters by
+    ``-learning_rate * (release / denominator + weight_decay * theta)`` when ``optimizer == "SGD"``.
+    """
+
+    kind: str
+    sampling: str
+    sample_rate: float
+    noise_std: float
+    max_grad_norm: float
+    charging: str
+    denominator: float
+    learning_rate: float
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    optimizer: str = "SGD"
+    grad_sample_mode: str = "hooks"
+    plan_digest: str | None = None
+    """Digest of the plan that an ``unlearn`` phase carries out."""
+
+    def __post_init__(self) -> None:
+        _require(self.kind in KINDS, "kind", self.kind, str(KINDS))
+        _require(self.sampling in SAMPLING, "sampling", self.sampling, str(SAMPLING))
+        _require(self.charging in RULES, "charging", self.charging, str(RULES))
+        _require(0 < self.sample_rate <= 1, "sample_rate", self.sample_rate, "(0, 1]")
+        for name in ("noise_std", "weight_decay", "momentum", "learning_rate"):
+            value = getattr(self, name)
+            _require(math.isfinite(value) and value >= 0, name, value, "[0, inf)")
+        for name in ("max_grad_norm", "denominator"):
+            value = getattr(self, name)
+            _require(math.isfinite(value) and value > 0, name, value, "(0, inf)")
+
+    @property
+    def amplification_rate(self) -> float:
+        """Rate that accounting may use: the sample rate under Poisson sampling, 1 (no amplification) otherwise."""
+        return self.sample_rate if self.sampling == "poisson" else 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thresholds:
+    """From the next step on, instance i is clipped at ``values[i] <= max_grad_norm``.
+
+    values: (N,) float32, exactly the numbers that clipping uses. ``values[i] == 0``: i contributes nothing.
+    source: ``"fixed"`` (chosen before training), ``"sweep"`` (from norms at released parameters) or
+    ``"forget"`` (the instances of a deletion request are set to 0 and excluded from sampling).
+    """
+
+    values: NDArray[np.float32]
+    source: str
+
+    def __post_init__(self) -> None:
+        _require(self.source in ("fixed", "sweep", "forget"), "source", self.source, "fixed, sweep or forget")
+        ok = self.values.dtype == np.float32 and self.values.ndim == 1
+        _require(ok, "values", f"{self.values.dtype} with shape {self.values.shape}", "a float32 vector")
+        bad = ~(np.isfinite(self.values) & (self.values >= 0))
+        _require(not bad.any(), "values", f"{int(bad.sum())} negative or non-finite thresholds", "[0, inf)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One noisy release, recorded BEFORE the noise is added. It is charged whether or not its end is recorded.
+
+    positions: (B,) int64, distinct, the instances that were drawn (empty for an empty Poisson draw).
+    contributions: (B,) float32, upper bounds of the norms with which each entered the sum (after clipping;
+    added up if an instance was drawn twice).
+    """
+
+    positions: NDArray[np.int64]
+    contributions: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resume:
+    """A writer continued from a checkpoint taken after ``at_step`` steps (``at_step`` below the steps recorded so far
+    means that the later ones were abandoned; they stay charged)."""
+
+    at_step: int
+
+
+Event = Phase | Thresholds | Step | Resume
