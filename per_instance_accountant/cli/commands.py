@@ -1,0 +1,239 @@
+"""The commands of ``pia``. Importing this module loads neither torch nor opacus nor numpy."""
+
+from __future__ import annotations
+
+import enum
+import sys
+from typing import Annotated
+
+import typer
+
+from per_instance_accountant.cli.pages import audit_page, budget_verdict, plan_page, verification_page
+from per_instance_accountant.cli.printing import Format, Page, Table, emit
+from per_instance_accountant.errors import CODES, CertificateError, LedgerError, PiaError, UsageError
+
+CHECK_FAILED, USAGE, DAMAGED = 1, 2, 3
+"""Exit codes beside 0. An interrupted command ends with 130."""
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Per-instance privacy accounting: audit budgets, plan and certify unlearning.",
+    epilog="Exit codes: 0 ok, 1 a check failed, 2 usage, 3 damaged or missing input.",
+)
+
+
+class Charging(enum.StrEnum):
+    """Where the bound on one instance's contribution comes from."""
+
+    WORST_CASE = "worst-case"
+    AS_TRAINED = "as-trained"
+    LAST_SEEN = "last-seen"
+    UNAMPLIFIED = "unamplified"
+
+
+FormatOption = Annotated[Format, typer.Option("--format", help="How the result is written to stdout.")]
+LedgerArgument = Annotated[str, typer.Argument(help="Directory of the ledger.", show_default=False)]
+LedgerOption = Annotated[str, typer.Option("--ledger", help="Directory of the ledger.", show_default=False)]
+
+
+def _finish(ok: bool) -> None:
+    if not ok:
+        raise typer.Exit(CHECK_FAILED)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from per_instance_accountant import __version__
+
+        typer.echo(f"pia {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options before the command."""
+
+
+@app.command()
+def doctor(
+    train: Annotated[bool, typer.Option("--train", help="Also train a small model with Opacus.")] = False,
+    output_format: FormatOption = Format.TABLE,
+) -> None:
+    """Check this installation: versions, extras, file permissions, numbers with known values."""
+    from per_instance_accountant.cli.doctor import examine
+
+    findings = examine(train=train)
+    ok = all(finding["status"] != "failed" for finding in findings)
+    document = {"ok": ok, "checks": findings}
+    emit(Page(head=["pia doctor"], tables=[Table.of(findings)], document=document), output_format)
+    _finish(ok)
+
+
+@app.command()
+def demo(
+    seed: Annotated[int, typer.Option("--seed", help="Seed of data, model and noise.")] = 0,
+    output: Annotated[
+        str, typer.Option("--output", help="Directory for what the demonstration writes.")
+    ] = "pia-demo",
+    output_format: FormatOption = Format.TABLE,
+) -> None:
+    """Train, audit, plan, unlearn and verify on a small data set."""
+    from per_instance_accountant.cli.demo import run as run_demo
+
+    _finish(run_demo(seed=seed, output=output, output_format=output_format))
+
+
+@app.command()
+def audit(
+    ledger: LedgerArgument,
+    by: Annotated[str | None, typer.Option("--by", metavar="GROUP", help="Summarise by this group.")] = None,
+    delta: Annotated[float, typer.Option("--delta", help="Between 0 and 1.")] = 1e-5,
+    top: Annotated[int, typer.Option("--top", min=0, metavar="K", help="List the K largest epsilons.")] = 0,
+    budget: Annotated[
+        float | None, typer.Option("--budget", metavar="EPS", help="Fail above this epsilon.")
+    ] = None,
+    charging: Annotated[Charging, typer.Option("--charging", help="Rule that the numbers rest on.")] = (
+        Charging.AS_TRAINED
+    ),
+    output_format: FormatOption = Format.TABLE,
+) -> None:
+    """Individual privacy budgets. CSV lists every instance, or the groups with --by."""
+    from per_instance_accountant.accounting import LastSeen, Unamplified, WorstCase
+    from per_instance_accountant.audit import audit as judge
+
+    rules = {
+        Charging.WORST_CASE: WorstCase(),
+        Charging.AS_TRAINED: None,
+        Charging.LAST_SEEN: LastSeen(),
+        Charging.UNAMPLIFIED: Unamplified(),
+    }
+    result = judge(ledger, delta, charging=rules[charging])
+    count = top or len(result.ids) if output_format is Format.CSV and by is None else top
+    within = None if budget is None else budget_verdict(result, budget)
+    emit(audit_page(result, ledger, by, count, within), output_format)
+    _finish(within is None or within["certified"])
+
+
+@app.command()
+def plan(
+    ledger: LedgerArgument,
+    ids: Annotated[str, typer.Option("--ids", help="1,2,3 or @file or - for stdin.", show_default=False)],
+    target_epsilon: Annotated[float, typer.Option("--target-epsilon", help="To reach.", show_default=False)],
+    order: Annotated[float | None, typer.Option("--order", help="Renyi order of the target.")] = None,
+    target_delta: Annotated[float | None, typer.Option("--target-delta", help="Instead of an order.")] = None,
+    assumptions: Annotated[
+        str | None, typer.Option("--assumptions", help="JSON file; default: the ledger's.")
+    ] = None,
+    output: Annotated[str | None, typer.Option("--output", help="File for the plan.")] = None,
+    output_format: FormatOption = Format.TABLE,
+) -> None:
+    """Noisy fine-tuning steps after which the given instances are forgotten."""
+    from per_instance_accountant.cli.inputs import read_assumptions, read_ids
+    from per_instance_accountant.ledger import Ledger
+    from per_instance_accountant.unlearning import plan as make_plan
+
+    opened = Ledger.open(ledger)
+    made = make_plan(
+        opened,
+        ids=read_ids(ids, opened.ids.dtype),
+        target_epsilon=target_epsilon,
+        order=order,
+        target_delta=target_delta,
+        assumptions=read_assumptions(assumptions) if assumptions else None,
+    )
+    if output:
+        made.save(output)
+        typer.echo(f"written: {output} (owner-only; it names the instances)", err=True)
+    emit(plan_page(made), output_format)
+    _finish(made.reachable)
+
+
+@app.command()
+def unlearn(
+    plan_file: Annotated[
+        str, typer.Argument(metavar="PLAN", help="File that pia plan wrote.", show_default=False)
+    ],
+    ledger: LedgerOption,
+    checkpoint: Annotated[str, typer.Option("--checkpoint", help="Trained model.", show_default=False)],
+    dataset: Annotated[
+        str, typer.Option("--data", metavar="MODULE:ATTR", help="Training set.", show_default=False)
+    ],
+    model: Annotated[str, typer.Option("--model", metavar="MODULE:ATTR", help="Model.", show_default=False)],
+    output: Annotated[str, typer.Option("--output", help="Directory for the results.", show_default=False)],
+    criterion: Annotated[
+        str, typer.Option("--criterion", metavar="MODULE:ATTR", help="Loss.")
+    ] = "torch.nn:CrossEntropyLoss",
+    output_format: FormatOption = Format.TABLE,
+) -> None:
+    """Run a plan and write the certificate. MODULE:ATTR is an object, or a class or function to call."""
+    from per_instance_accountant.cli.inputs import load_reference
+    from per_instance_accountant.finetuning import run_plan
+    from per_instance_accountant.unlearning import UnlearningPlan
+
+    run = run_plan(
+        UnlearningPlan.load(plan_file),
+        ledger=ledger,
+        module=load_reference(model, "--model"),
+        dataset=load_reference(dataset, "--data"),
+        criterion=load_reference(criterion, "--criterion"),
+        checkpoint=checkpoint,
+        output=output,
+        progress=True,
+    )
+    document = {"certificate": str(run.certificate)}
+    emit(Page(head=[], tables=[Table.of([document])], document=document), output_format)
+
+
+@app.command()
+def verify(
+    certificate: Annotated[str, typer.Argument(help="Certificate file.", show_default=False)],
+    ledger: Annotated[
+        str | None, typer.Option("--ledger", help="Without it the claim is not established.")
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option("--checkpoint", help="Model file after unlearning.")
+    ] = None,
+    output_format: FormatOption = Format.TABLE,
+) -> None:
+    """Recompute a certificate's claim from the evidence."""
+    from per_instance_accountant.unlearning import verify as recompute
+
+    report = recompute(certificate, ledger=ledger, checkpoint=checkpoint)
+    emit(verification_page(report), output_format)
+    _finish(report.valid)
+
+
+@app.command()
+def explain(
+    code: Annotated[str | None, typer.Argument(help="Such as PIA012; all codes without it.")] = None,
+    output_format: FormatOption = Format.TABLE,
+) -> None:
+    """What an error code means, without a network."""
+    if code is not None and code.upper() not in CODES:
+        raise UsageError(
+            "PIA070",
+            f"there is no error code {code!r}",
+            "Nothing was explained",
+            "pia explain, which lists all codes",
+        )
+    wanted = CODES if code is None else {code.upper(): CODES[code.upper()]}
+    rows = [{"code": name, "meaning": meaning} for name, meaning in wanted.items()]
+    emit(Page(head=[], tables=[Table.of(rows)], document={"codes": wanted}), output_format)
+
+
+def run() -> None:
+    """Run the command line; an error of the package becomes its message on stderr and an exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
+    try:
+        app(prog_name="pia")
+    except PiaError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(DAMAGED if isinstance(error, (LedgerError, CertificateError)) else USAGE)
