@@ -1,0 +1,41 @@
+"""Runs the code blocks of README.md and docs as tests: each page from top to bottom in its own directory."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from typing import Any
+
+from sybil import Example, Sybil
+from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
+
+from tests.readme.shell_lines import check, commands_in
+
+
+def _evaluate_shell(example: Example) -> None:
+    for words in commands_in(example.parsed):
+        check(words)
+
+
+def _enter(namespace: dict[str, Any]) -> None:
+    folder = tempfile.TemporaryDirectory(prefix="pia-docs-")
+    namespace["_page"] = (folder, os.getcwd())
+    os.chdir(folder.name)
+
+
+def _leave(namespace: dict[str, Any]) -> None:
+    folder, before = namespace["_page"]
+    os.chdir(before)
+    folder.cleanup()
+
+
+pytest_collect_file = Sybil(
+    parsers=[
+        PythonCodeBlockParser(),
+        CodeBlockParser(language="bash", evaluator=_evaluate_shell),
+        SkipParser(),
+    ],
+    patterns=["README.md", "docs/*.md", "docs/**/*.md"],
+    setup=_enter,
+    teardown=_leave,
+).pytest()
