@@ -1,1 +1,8 @@
-"""TODO"""
+"""The ledger: facts about a training run, append-only, crash-safe, owner-only. No conclusion is stored as a
+fact."""
+
+from per_instance_accountant.ledger.reader import Anchor, Ledger
+from per_instance_accountant.ledger.records import Event, Phase, Resume, Run, Step, Thresholds
+from per_instance_accountant.ledger.writer import LedgerWriter
+
+__all__ = ["Anchor", "Event", "Ledger", "LedgerWriter", "Phase", "Resume", "Run", "Step", "Thresholds"]

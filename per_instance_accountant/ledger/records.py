@@ -1,4 +1,5 @@
-"""The facts a ledger holds. No record stores a conclusion: orders, delta and charging rule are chosen when reading."""
+"""The facts a ledger holds. No record stores a conclusion: orders, delta and charging rule are chosen when
+reading."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from numpy.typing import NDArray
 from per_instance_accountant.errors import UsageError
 
 SAMPLING = ("poisson", "shuffled")
-"""How batches were drawn. Only ``"poisson"`` gives amplification by sampling; ``sample_rate=1`` is full batch."""
+"""How batches were drawn. Only ``"poisson"`` gives amplification by sampling; ``sample_rate=1`` is full
+batch."""
 KINDS = ("train", "unlearn")
 RULES = ("worst_case", "fixed_thresholds", "sweep", "unamplified", "last_seen")
 
@@ -35,7 +37,8 @@ class Run:
     num_instances: N; instances are dataset positions 0..N-1.
     ids: (N,) business ids (int64 or str, unique) or None for the positions themselves.
     groups: name -> (N,) labels (int64 or str), for reports by class or person.
-    assumptions: facts about the training problem that unlearning bounds rest on (JSON-able), with their source.
+    assumptions: facts about the training problem that unlearning bounds rest on (JSON-able), with their
+    source.
     """
 
     num_instances: int
@@ -86,7 +89,8 @@ class Phase:
 
     @property
     def amplification_rate(self) -> float:
-        """Rate that accounting may use: the sample rate under Poisson sampling, 1 (no amplification) otherwise."""
+        """Rate that accounting may use: the sample rate under Poisson sampling, 1 (no amplification)
+        otherwise."""
         return self.sample_rate if self.sampling == "poisson" else 1.0
 
 
@@ -112,7 +116,8 @@ class Thresholds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """One noisy release, recorded BEFORE the noise is added. It is charged whether or not its end is recorded.
+    """One noisy release, recorded BEFORE the noise is added. It is charged whether or not its end is
+    recorded.
 
     positions: (B,) int64, distinct, the instances that were drawn (empty for an empty Poisson draw).
     contributions: (B,) float32, upper bounds of the norms with which each entered the sum (after clipping;
@@ -125,8 +130,8 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resume:
-    """A writer continued from a checkpoint taken after ``at_step`` steps (``at_step`` below the steps recorded so far
-    means that the later ones were abandoned; they stay charged)."""
+    """A writer continued from a checkpoint taken after ``at_step`` steps (``at_step`` below the steps
+    recorded so far means that the later ones were abandoned; they stay charged)."""
 
     at_step: int
 

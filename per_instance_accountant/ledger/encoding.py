@@ -1,0 +1,284 @@
+"""Records <-> payload bytes: canonical JSON for metadata, Arrow IPC for columns, raw little-endian arrays for
+the rest.
+
+Encoders refuse what could not be read back; decoders get bytes that passed the checks of the frame and refuse
+the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Final
+
+import numpy as np
+import rfc8785
+from numpy.typing import NDArray
+
+from per_instance_accountant.errors import UsageError
+from per_instance_accountant.ledger import frames
+from per_instance_accountant.ledger.records import Event, Phase, Resume, Run, Step, Thresholds
+
+MAX_METADATA: Final = 1 << 20
+MAX_RUN: Final = 1 << 30
+MAX_TEXT: Final = 256
+"""Longest business id or group label in characters: fixed-width arrays of them must stay allocatable."""
+_SOURCES: Final = ("fixed", "sweep", "forget")
+_GROUP: Final = "group:"
+_U32: Final = struct.Struct("<I")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredRun:
+    """The first frame: the run, its random identity, and when it began (a comment: order comes from sequence
+    numbers)."""
+
+    run: Run
+    run_id: str
+    created: str
+
+
+def payload_limit(kind: int, num_instances: int) -> int:
+    """Largest payload in bytes that a frame of this kind can have after the Run frame; -1 for kinds that
+    cannot occur."""
+    limits = {
+        frames.PHASE: MAX_METADATA,
+        frames.RESUME: MAX_METADATA,
+        frames.MARK: 0,
+        frames.THRESHOLDS: _U32.size + 4 * num_instances,
+        frames.STEP: (_position_type(num_instances).itemsize + 4) * num_instances,
+    }
+    return limits.get(kind, -1)
+
+
+def encode(event: Event, num_instances: int) -> tuple[int, bytes]:
+    """Frame kind and payload of an event that passed ``Progress.check``."""
+    kind, encoder = _ENCODERS[type(event)]
+    return kind, encoder(event, num_instances)
+
+
+def decode(kind: int, payload: bytes, num_instances: int) -> Event:
+    """Inverse of :func:`encode`. Any exception means that the payload is malformed."""
+    event: Event = _DECODERS[kind](payload, num_instances)
+    return event
+
+
+def _position_type(num_instances: int) -> np.dtype[Any]:
+    return np.dtype("<u4") if num_instances <= 1 << 32 else np.dtype("<u8")
+
+
+def _encode_step(step: Step, num_instances: int) -> bytes:
+    positions = step.positions.astype(_position_type(num_instances)).tobytes()
+    return positions + step.contributions.astype("<f4", copy=False).tobytes()
+
+
+def _decode_step(payload: bytes, num_instances: int) -> Step:
+    kind = _position_type(num_instances)
+    count, rest = divmod(len(payload), kind.itemsize + 4)
+    if rest:
+        raise ValueError("not a whole number of positions")
+    positions = np.frombuffer(payload, kind, count).astype(np.int64)
+    contributions = np.frombuffer(payload, "<f4", count, count * kind.itemsize)
+    positions.flags.writeable = False
+    return Step(positions=positions, contributions=contributions.astype(np.float32, copy=False))
+
+
+def _encode_thresholds(event: Thresholds, num_instances: int) -> bytes:
+    return _U32.pack(_SOURCES.index(event.source)) + event.values.astype("<f4", copy=False).tobytes()
+
+
+def _decode_thresholds(payload: bytes, num_instances: int) -> Thresholds:
+    values = np.frombuffer(payload, "<f4", num_instances, _U32.size).astype(np.float32, copy=False)
+    if len(payload) != _U32.size + values.nbytes:
+        raise ValueError("not one threshold per instance")
+    return Thresholds(values=values, source=_SOURCES[_U32.unpack_from(payload)[0]])
+
+
+def _encode_phase(phase: Phase, num_instances: int) -> bytes:
+    return canonical_json(asdict(phase), "Phase", MAX_METADATA)
+
+
+def _decode_phase(payload: bytes, num_instances: int) -> Phase:
+    content = _strict_json(payload, {entry.name for entry in fields(Phase)})
+    for entry in fields(Phase):
+        # JSON has one number type; a rate of 1.0 is written as 1.
+        if entry.type == "float":
+            content[entry.name] = float(content[entry.name])
+        elif not isinstance(content[entry.name], str | None):
+            raise TypeError("a text field of a phase is not text")
+    return Phase(**content)
+
+
+def _encode_resume(event: Resume, num_instances: int) -> bytes:
+    return canonical_json(asdict(event), "Resume", MAX_METADATA)
+
+
+def _decode_resume(payload: bytes, num_instances: int) -> Resume:
+    return Resume(**_strict_json(payload, {"at_step"}))
+
+
+_ENCODERS: Final[dict[type, tuple[int, Any]]] = {
+    Phase: (frames.PHASE, _encode_phase),
+    Thresholds: (frames.THRESHOLDS, _encode_thresholds),
+    Step: (frames.STEP, _encode_step),
+    Resume: (frames.RESUME, _encode_resume),
+}
+_DECODERS: Final[dict[int, Any]] = {
+    frames.PHASE: _decode_phase,
+    frames.THRESHOLDS: _decode_thresholds,
+    frames.STEP: _decode_step,
+    frames.RESUME: _decode_resume,
+}
+
+
+def canonical_json(content: Mapping[str, Any], name: str, limit: int) -> bytes:
+    """RFC 8785 bytes. Raises UsageError PIA071 for what JSON cannot say (NaN, other types, integers beyond
+    2**53)."""
+    try:
+        text = rfc8785.dumps(dict(content))
+    except (rfc8785.CanonicalizationError, RecursionError, UnicodeError) as error:
+        raise _not_storable(f"{name} is not plain JSON ({type(error).__name__})") from None
+    if len(text) > limit:
+        raise _not_storable(f"{name} takes {len(text)} bytes, allowed are {limit}")
+    return text
+
+
+def _not_storable(happened: str) -> UsageError:
+    return UsageError(
+        "PIA071",
+        happened,
+        "The fact was not recorded, because it could not be read back as it is",
+        "use str, int, float, bool, None, list and dict with finite numbers",
+    )
+
+
+def _strict_json(payload: bytes, names: set[str]) -> dict[str, Any]:
+    content = json.loads(payload)
+    if not isinstance(content, dict) or set(content) != names or rfc8785.dumps(content) != payload:
+        raise ValueError("not the canonical form of the record")
+    return content
+
+
+def encode_run(stored: StoredRun) -> bytes:
+    """Payload of the first frame: length of the JSON (4) | JSON | Arrow IPC stream of ids and groups, if
+    any."""
+    run = stored.run
+    content = {
+        "format": frames.VERSION,
+        "run_id": stored.run_id,
+        "created": stored.created,
+        "num_instances": run.num_instances,
+        "assumptions": None if run.assumptions is None else dict(run.assumptions),
+        "software": dict(run.software),
+    }
+    text = canonical_json(content, "Run", MAX_METADATA)
+    payload = _U32.pack(len(text)) + text + _encode_columns(run)
+    if len(payload) > MAX_RUN:
+        raise _not_storable(f"ids and groups take {len(payload)} bytes, allowed are {MAX_RUN}")
+    return payload
+
+
+def decode_run(payload: bytes) -> StoredRun:
+    """Inverse of :func:`encode_run`. Any exception means that the payload is malformed."""
+    end = _U32.size + _U32.unpack_from(payload)[0]
+    names = {"format", "run_id", "created", "num_instances", "assumptions", "software"}
+    content = _strict_json(payload[_U32.size : end], names)
+    version, run_id, created = content.pop("format"), content.pop("run_id"), content.pop("created")
+    if version != frames.VERSION or len(bytes.fromhex(run_id)) != 16 or not isinstance(created, str):
+        raise ValueError("not the identity of a run")
+    columns = _decode_columns(payload[end:])
+    groups = {name.removeprefix(_GROUP): values for name, values in columns.items() if name != "ids"}
+    run = checked_run(Run(ids=columns.get("ids"), groups=groups, **content))
+    return StoredRun(run=run, run_id=run_id, created=created)
+
+
+def _encode_columns(run: Run) -> bytes:
+    columns = {} if run.ids is None else {"ids": run.ids}
+    columns |= {_GROUP + name: values for name, values in run.groups.items()}
+    if not columns:
+        return b""
+    # Arrow takes longer to import than a small ledger takes to read.
+    import pyarrow as pa
+
+    table = pa.table({name: pa.array(values, _arrow_type(values)) for name, values in columns.items()})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())
+
+
+def _arrow_type(values: NDArray[Any]) -> Any:
+    import pyarrow as pa
+
+    return pa.int64() if values.dtype.kind == "i" else pa.large_string()
+
+
+def _decode_columns(buffer: bytes) -> dict[str, NDArray[Any]]:
+    if not buffer:
+        return {}
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    with pa.ipc.open_stream(pa.py_buffer(buffer)) as reader:
+        table = reader.read_all()
+    table.validate(full=True)
+    columns = {}
+    for name in table.column_names:
+        column = table.column(name)
+        if column.null_count or column.type not in (pa.int64(), pa.large_string()):
+            raise ValueError("a column is neither int64 nor text")
+        if column.type == pa.int64():
+            columns[name] = column.to_numpy()
+        elif (pc.max(pc.utf8_length(column)).as_py() or 0) <= MAX_TEXT:
+            columns[name] = column.to_numpy().astype(np.str_)
+        else:
+            raise ValueError("a text is too long")
+    return columns
+
+
+def checked_run(run: Run) -> Run:
+    """The run with ids and groups as read-only int64 or text vectors of length N.
+
+    Raises UsageError PIA070 (repeated ids, size) or PIA071 (type, shape); the message holds counts, never
+    ids.
+    """
+    count = run.num_instances
+    if type(count) is not int or count >= 1 << 53:
+        raise _bad_column("PIA070", f"num_instances is {count!r}, allowed is an int below 2**53")
+    groups = {}
+    for name, values in run.groups.items():
+        if not isinstance(name, str) or not name:
+            raise _bad_column("PIA071", "the name of a group is not a text")
+        groups[name] = _checked_column(values, count, "a group")
+    ids = None if run.ids is None else _checked_column(run.ids, count, "ids")
+    if ids is not None and (repeated := count - np.unique(ids).size):
+        raise _bad_column("PIA070", f"{repeated} of {count} ids are repeated")
+    return Run(
+        num_instances=count, ids=ids, groups=groups, assumptions=run.assumptions, software=run.software
+    )
+
+
+def _checked_column(values: Any, count: int, name: str) -> NDArray[Any]:
+    column: NDArray[Any] = np.asarray(values)
+    if column.dtype.kind == "O" and set(map(type, column.ravel().tolist())) <= {str, np.str_}:
+        column = column.astype(np.str_)
+    if column.shape != (count,):
+        raise _bad_column("PIA071", f"{name} has shape {column.shape}, expected ({count},)")
+    if column.dtype.kind == "u" and column.size and column.max() > np.iinfo(np.int64).max:
+        raise _bad_column("PIA070", f"{name} has integers beyond int64")
+    if column.dtype.kind not in "iuU":
+        raise _bad_column("PIA071", f"{name} has dtype {column.dtype}, allowed are integers and str")
+    if column.dtype.kind == "U" and column.dtype.itemsize > 4 * MAX_TEXT:
+        raise _bad_column("PIA070", f"{name} has texts longer than {MAX_TEXT} characters")
+    column = column.astype(column.dtype if column.dtype.kind == "U" else np.int64)
+    column.flags.writeable = False
+    return column
+
+
+def _bad_column(code: str, happened: str) -> UsageError:
+    meaning = "The ledger was not created, because facts could not be assigned to instances"
+    return UsageError(
+        code, happened, meaning, "Run(num_instances=N, ids=np.arange(N), groups={'class': labels})"
+    )

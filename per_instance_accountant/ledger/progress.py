@@ -1,0 +1,188 @@
+"""Which fact may follow which: the same checks when facts are offered and when they are read back."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from per_instance_accountant.errors import LedgerError, UsageError
+from per_instance_accountant.ledger.records import Event, Phase, Resume, Step, Thresholds
+
+_ENFORCED: Final = ("fixed_thresholds", "sweep")
+
+
+def _contradiction(happened: str, fix: str) -> LedgerError:
+    meaning = "The fact was not recorded and its step must not be released"
+    return LedgerError("PIA045", happened, meaning, fix)
+
+
+class Progress:
+    """State of a course of events. ``check`` raises and changes nothing; ``apply`` follows a successful
+    ``check``.
+
+    >>> import numpy as np
+    >>> progress = Progress(num_instances=4)
+    >>> try:
+    ...     progress.check(Step(positions=np.array([1]), contributions=np.ones(1, np.float32)))
+    ... except LedgerError as error:
+    ...     print(error.code, progress.num_steps)
+    PIA045 0
+    """
+
+    def __init__(self, num_instances: int) -> None:
+        self.num_instances = num_instances
+        self.num_steps = 0
+        self.phases: list[Phase] = []
+        self.abandoned: list[tuple[int, int]] = []
+        """Disjoint rising half-open intervals of step numbers that some Resume left behind."""
+        self.pending = False
+        """Whether the last step is a mere intent so far: nothing of the same session follows it."""
+        self._phase_at = self._thresholds_at = -1
+        self._phase_stale = self._thresholds_stale = False
+        self._positive: NDArray[np.bool_] | None = None
+        self._forgotten: NDArray[np.bool_] | None = None
+        self._requests: list[tuple[int, NDArray[np.int64]]] = []
+
+    @property
+    def num_abandoned_steps(self) -> int:
+        """Steps that at least one Resume left behind."""
+        return sum(end - start for start, end in self.abandoned)
+
+    def check(self, event: Event) -> None:
+        """Raise LedgerError PIA045, UsageError PIA070 or PIA071 if ``event`` cannot be the next fact."""
+        _RULES[type(event)][0](self, event)
+
+    def apply(self, event: Event) -> None:
+        """Move on by one event that passed ``check``."""
+        _RULES[type(event)][1](self, event)
+
+    def apply_mark(self) -> None:
+        """The last step has been released."""
+        self.pending = False
+
+    def _accept_any(self, event: Phase) -> None:
+        """A mechanism may change at any time."""
+
+    def _apply_phase(self, phase: Phase) -> None:
+        self.phases.append(phase)
+        self._phase_at, self._phase_stale, self.pending = self.num_steps, False, False
+
+    def _check_thresholds(self, event: Thresholds) -> None:
+        if event.values.size != self.num_instances:
+            raise _contradiction(
+                f"{event.values.size} thresholds for {self.num_instances} instances",
+                "Thresholds(values=np.zeros(run.num_instances, np.float32), source=...)",
+            )
+
+    def _apply_thresholds(self, event: Thresholds) -> None:
+        self._thresholds_at, self._thresholds_stale, self.pending = self.num_steps, False, False
+        if event.source != "forget":
+            self._positive = event.values > 0
+            return
+        # A sweep may itself have measured zero; only what the request turned into zero is forgotten.
+        removed = event.values == 0 if self._positive is None else (event.values == 0) & self._positive
+        if self._forgotten is None:
+            self._forgotten = np.zeros(self.num_instances, dtype=np.bool_)
+        self._requests.append((self.num_steps, np.flatnonzero(removed & ~self._forgotten)))
+        self._forgotten |= removed
+
+    def _check_resume(self, event: Resume) -> None:
+        if type(event.at_step) is not int or not 0 <= event.at_step <= self.num_steps:
+            raise _contradiction(
+                f"a resume at step {event.at_step!r} of a ledger with {self.num_steps} steps",
+                "LedgerWriter.resume(path, anchor=anchor_of_the_checkpoint)",
+            )
+
+    def _apply_resume(self, event: Resume) -> None:
+        start = event.at_step
+        # What was stated after the checkpoint was stated for the branch that is left behind.
+        self._phase_stale |= self._phase_at >= start
+        self._thresholds_stale |= self._thresholds_at >= start
+        while self._requests and self._requests[-1][0] >= start and self._forgotten is not None:
+            self._forgotten[self._requests.pop()[1]] = False
+        if start == self.num_steps:
+            return
+        while self.abandoned and self.abandoned[-1][1] >= start:
+            start = min(start, self.abandoned.pop()[0])
+        self.abandoned.append((start, self.num_steps))
+
+    def _check_step(self, event: Step) -> None:
+        self._check_state()
+        positions, contributions = event.positions, event.contributions
+        _check_arrays(positions, contributions)
+        if not positions.size:
+            return
+        rising = bool((positions[1:] > positions[:-1]).all())
+        ordered = positions if rising else np.sort(positions)
+        if not rising and not bool((ordered[1:] > ordered[:-1]).all()):
+            raise _contradiction(
+                "a step names an instance more than once",
+                "add up the contributions of an instance that was drawn twice",
+            )
+        if ordered[0] < 0 or ordered[-1] >= self.num_instances:
+            raise _contradiction(
+                f"a step names positions outside [0, {self.num_instances})",
+                "record positions in the data set that Run(num_instances=...) describes",
+            )
+        # Written as what must hold, so that NaN fails it.
+        if not (contributions.min() >= 0 and contributions.max() < math.inf):
+            raise UsageError(
+                "PIA070",
+                "a contribution is negative, NaN or infinite",
+                "The step was not recorded, because no loss could be computed from it",
+                "record the norms after clipping, rounded up",
+            )
+        if self._requests and self._forgotten is not None and bool(self._forgotten[positions].any()):
+            raise _contradiction(
+                f"{int(self._forgotten[positions].sum())} forgotten instances were drawn",
+                "sample from the retained instances only",
+            )
+
+    def _check_state(self) -> None:
+        if not self.phases:
+            raise _contradiction(
+                "a step before the first phase", "writer.append(Phase(...)) before the first step"
+            )
+        if self._phase_stale:
+            raise _contradiction(
+                "a step after a resume that went back behind the last phase",
+                "writer.append(Phase(...)) again after LedgerWriter.resume",
+            )
+        if self._thresholds_stale and self.phases[-1].charging in _ENFORCED:
+            raise _contradiction(
+                "a step after a resume that went back behind the last thresholds",
+                "writer.append(Thresholds(...)) again after LedgerWriter.resume",
+            )
+
+    def _apply_step(self, event: Step) -> None:
+        self.num_steps += 1
+        self.pending = True
+
+
+def _check_arrays(positions: NDArray[np.int64], contributions: NDArray[np.float32]) -> None:
+    ok = (
+        isinstance(positions, np.ndarray)
+        and isinstance(contributions, np.ndarray)
+        and positions.dtype == np.int64
+        and contributions.dtype == np.float32
+        and positions.ndim == 1
+        and positions.shape == contributions.shape
+    )
+    if not ok:
+        raise UsageError(
+            "PIA071",
+            "positions and contributions are not an int64 and a float32 vector of one length",
+            "The step was not recorded",
+            "Step(positions=np.asarray(positions, np.int64), contributions=np.asarray(norms, np.float32))",
+        )
+
+
+_RULES: Final[dict[type, tuple[Any, Any]]] = {
+    Phase: (Progress._accept_any, Progress._apply_phase),
+    Thresholds: (Progress._check_thresholds, Progress._apply_thresholds),
+    Step: (Progress._check_step, Progress._apply_step),
+    Resume: (Progress._check_resume, Progress._apply_resume),
+}

@@ -1,0 +1,362 @@
+"""Reading a ledger: every pass verifies every byte it uses."""
+
+from __future__ import annotations
+
+import hmac
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Final, NoReturn, final
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from per_instance_accountant.errors import LedgerError, PlanError, UsageError
+from per_instance_accountant.ledger import frames
+from per_instance_accountant.ledger.encoding import MAX_RUN, StoredRun, decode, decode_run, payload_limit
+from per_instance_accountant.ledger.frames import BLOCK, Frame, ReadAt, damaged, read_frames
+from per_instance_accountant.ledger.progress import Progress
+from per_instance_accountant.ledger.records import Event, Phase, Run
+from per_instance_accountant.ledger.storage import Source, directory_source
+
+_DIGEST: Final = "sha256:"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Anchor:
+    """A moment of a ledger, kept in checkpoints and certificates to detect a ledger that was rolled back or
+    replaced.
+
+    sequence: number of the last frame. steps: steps recorded up to it. digest: ``"sha256:<hex>"`` over all
+    bytes up to its end. run_id: 32 hex digits.
+
+    >>> anchor = Anchor(sequence=7, steps=3, digest="sha256:" + 64 * "0", run_id=32 * "a")
+    >>> Anchor.from_dict(anchor.to_dict()).steps
+    3
+    """
+
+    sequence: int
+    steps: int
+    digest: str
+    run_id: str
+
+    def __post_init__(self) -> None:
+        numbers = all(type(value) is int and value >= 0 for value in (self.sequence, self.steps))
+        texts = all(isinstance(value, str) for value in (self.digest, self.run_id))
+        if not (numbers and texts and self.steps <= self.sequence):
+            _refuse_anchor()
+        if not self.digest.startswith(_DIGEST) or not _is_hex(self.digest.removeprefix(_DIGEST), 64):
+            _refuse_anchor()
+        if not _is_hex(self.run_id, 32):
+            _refuse_anchor()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON or a checkpoint."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Anchor:
+        """Inverse of :meth:`to_dict`. Raises UsageError PIA071 for anything else."""
+        if not isinstance(content, Mapping) or set(content) != {"sequence", "steps", "digest", "run_id"}:
+            _refuse_anchor()
+        return cls(**content)
+
+
+def _is_hex(text: str, length: int) -> bool:
+    return len(text) == length and set(text) <= set("0123456789abcdef")
+
+
+def _refuse_anchor() -> NoReturn:
+    raise UsageError(
+        "PIA071",
+        "this is not the anchor of a ledger",
+        "Without it nobody can tell whether ledger and model belong together",
+        "Anchor.from_dict(writer.anchor.to_dict())",
+    )
+
+
+@final
+class Walk:
+    """One verified pass over a source. After it: ``stored``, ``progress``, and where the last whole frame
+    ended."""
+
+    stored: StoredRun
+    progress: Progress
+
+    def __init__(self, key: bytes, read_at: ReadAt, size: int) -> None:
+        self.sequence, self.end, self.chain = -1, 0, frames.GENESIS
+        self._frames = read_frames(read_at, size, key, self._limit)
+
+    def _limit(self, kind: int) -> int:
+        if self.sequence < 0:
+            return MAX_RUN if kind == frames.RUN else -1
+        return payload_limit(kind, self.progress.num_instances)
+
+    def events(self) -> Iterator[Event | None]:
+        """Every event in order; None for the Run frame and for marks. Raises LedgerError PIA042, PIA043."""
+        for frame in self._frames:
+            try:
+                event = self._take(frame)
+            # Whatever a parser or a record raises: these bytes are no facts, and the text may hold ids.
+            except Exception as error:
+                damaged(frame.sequence, frame.offset, f"its payload is refused ({type(error).__name__})")
+            self.sequence, self.end, self.chain = frame.sequence, frame.end, frame.chain
+            yield event
+
+    def _take(self, frame: Frame) -> Event | None:
+        if frame.kind == frames.RUN:
+            self.stored = decode_run(frame.payload)
+            self.progress = Progress(self.stored.run.num_instances)
+            return None
+        if frame.kind == frames.MARK:
+            self.progress.apply_mark()
+            return None
+        event = decode(frame.kind, frame.payload, self.progress.num_instances)
+        self.progress.check(event)
+        self.progress.apply(event)
+        return event
+
+
+def walk_to_end(source: Source) -> Walk:
+    """Verify the whole ledger. Raises LedgerError PIA041 (missing or empty), PIA042, PIA043."""
+    with source.reading() as (read_at, size):
+        walk = Walk(source.key, read_at, size)
+        for _ in walk.events():
+            pass
+    if walk.sequence < 0:
+        raise LedgerError(
+            "PIA041",
+            "the log holds no whole frame: its creation was interrupted",
+            "No step was ever recorded in it",
+            "LedgerWriter.create(path, run)",
+        )
+    return walk
+
+
+class RunningDigest:
+    """SHA-256 over a growing prefix, reading each byte once."""
+
+    def __init__(self, source: Source) -> None:
+        self._source, self._hash, self._end = source, sha256(), 0
+
+    def upto(self, end: int) -> str:
+        """``"sha256:<hex>"`` over the first ``end`` bytes; ``end`` must not fall from call to call."""
+        with self._source.reading() as (read_at, _):
+            for offset in range(self._end, end, BLOCK):
+                self._hash.update(read_at(min(BLOCK, end - offset), offset))
+        self._end = end
+        return _DIGEST + self._hash.hexdigest()
+
+
+@final
+class Ledger:
+    """A verified view of what a ledger held when it was opened; later appends do not change it.
+
+    Steps stay in the file: ``events()`` reads and verifies them one by one.
+
+    >>> import numpy as np
+    >>> from per_instance_accountant.ledger import LedgerWriter
+    >>> from per_instance_accountant.ledger.records import Phase, Run, Step
+    >>> writer = LedgerWriter.create(None, Run(num_instances=4, ids=np.array(["a", "b", "c", "d"])))
+    >>> writer.append(Phase(kind="train", sampling="poisson", sample_rate=0.5, noise_std=1.0, denominator=2.0,
+    ...                     max_grad_norm=1.0, charging="worst_case", learning_rate=0.1))
+    >>> writer.append(Step(positions=np.array([0, 2]), contributions=np.array([1.0, 0.5], np.float32)))
+    >>> ledger = writer.ledger()
+    >>> ledger.num_steps, ledger.confirmed, ledger.positions_of(["c"]).tolist()
+    (1, False, [2])
+    """
+
+    def __init__(self, source: Source, walk: Walk) -> None:
+        """Not for callers: use :meth:`open` or ``LedgerWriter.ledger()``."""
+        progress = walk.progress
+        self._source, self._stored = source, walk.stored
+        self._sequence, self._end, self._chain = walk.sequence, walk.end, walk.chain
+        self._digest: str | None = None
+        self._index: tuple[NDArray[Any], NDArray[np.int64]] | None = None
+        self._ids: NDArray[Any] | None = None
+        self.num_steps: Final = progress.num_steps
+        """Steps recorded, each of which is charged."""
+        self.num_abandoned_steps: Final = progress.num_abandoned_steps
+        """Steps that some Resume left behind; they stay charged."""
+        self.abandoned: Final = tuple(progress.abandoned)
+        """Those steps as disjoint rising intervals ``(first, end)``."""
+        self.phases: Final[tuple[Phase, ...]] = tuple(progress.phases)
+        self.confirmed: Final = not progress.pending
+        """Whether the last step is known to have been released (it is charged either way)."""
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str] | Ledger) -> Ledger:
+        """Verify a ledger directory from the first byte to the last; a Ledger is returned as it is.
+
+        Raises LedgerError PIA041 (missing, unreadable, a symbolic link), PIA042 (damage), PIA043 (format
+        version).
+        """
+        if isinstance(path, Ledger):
+            return path
+        source = directory_source(Path(path))
+        return cls(source, walk_to_end(source))
+
+    def __repr__(self) -> str:
+        return f"<Ledger: {self.num_steps} steps, {self.num_instances} instances>"
+
+    @property
+    def path(self) -> Path | None:
+        """The directory; None for a ledger in memory."""
+        return self._source.path
+
+    @property
+    def run(self) -> Run:
+        """What is fixed for the whole run."""
+        return self._stored.run
+
+    @property
+    def created(self) -> str:
+        """ISO time at which the run began, a comment only."""
+        return self._stored.created
+
+    @property
+    def num_instances(self) -> int:
+        """N; instances are positions 0..N-1."""
+        return self.run.num_instances
+
+    @property
+    def ids(self) -> NDArray[Any]:
+        """(N,) business ids, or the positions themselves."""
+        if self._ids is None:
+            self._ids = np.arange(self.num_instances) if self.run.ids is None else self.run.ids
+            self._ids.flags.writeable = False
+        return self._ids
+
+    @property
+    def groups(self) -> Mapping[str, NDArray[Any]]:
+        """Name -> (N,) labels."""
+        return self.run.groups
+
+    @property
+    def digest(self) -> str:
+        """``"sha256:<hex>"`` over the bytes up to the last whole frame."""
+        if self._digest is None:
+            self._digest = RunningDigest(self._source).upto(self._end)
+        return self._digest
+
+    @property
+    def anchor(self) -> Anchor:
+        """This moment of this ledger."""
+        return Anchor(
+            sequence=self._sequence, steps=self.num_steps, digest=self.digest, run_id=self._stored.run_id
+        )
+
+    def events(self) -> Iterator[Event]:
+        """Phase, Thresholds, Step and Resume in the order in which they were recorded, one in memory at a
+        time.
+
+        Raises LedgerError PIA042 if the file no longer holds what it held when it was opened.
+        """
+        with self._source.reading() as (read_at, size):
+            walk = Walk(self._source.key, read_at, min(size, self._end))
+            for event in walk.events():
+                if event is not None:
+                    yield event
+        if walk.chain != self._chain:
+            damaged(walk.sequence + 1, walk.end, "the log changed after it was opened")
+
+    def holds(self, anchor: Anchor) -> bool:
+        """Whether ``anchor`` is a moment of this very ledger: same run, same bytes, same number of steps.
+
+        False for a ledger that was rolled back behind the anchor, rewritten, or that belongs to another run.
+        """
+        if anchor.run_id != self._stored.run_id or anchor.sequence > self._sequence:
+            return False
+        if anchor.sequence == self._sequence:
+            return anchor == self.anchor
+        with self._source.reading() as (read_at, size):
+            walk = Walk(self._source.key, read_at, min(size, self._end))
+            for _ in walk.events():
+                if walk.sequence == anchor.sequence:
+                    break
+        digest = RunningDigest(self._source).upto(walk.end)
+        return (walk.progress.num_steps, digest) == (anchor.steps, anchor.digest)
+
+    def positions_of(self, ids: ArrayLike) -> NDArray[np.int64]:
+        """Positions of business ids, in the order of the request: (k,) int64.
+
+        Raises PlanError PIA032 for unknown or repeated ids; the message holds counts and places in the
+        request only.
+        """
+        wanted = _requested(ids, self.ids.dtype.kind)
+        if self._index is None:
+            order = np.argsort(self.ids, kind="stable")
+            self._index = self.ids[order], order
+        rising, order = self._index
+        places = np.minimum(np.searchsorted(rising, wanted), rising.size - 1)
+        unknown = rising[places] != wanted
+        if unknown.any():
+            _refuse_request("unknown to this ledger", unknown)
+        repeated = np.ones(wanted.size, dtype=np.bool_)
+        repeated[np.unique(wanted, return_index=True)[1]] = False
+        if repeated.any():
+            _refuse_request("repeated", repeated)
+        return order[places].astype(np.int64)
+
+    def pseudonym(self, id: int | str) -> str:
+        """``"hmac-sha256:<hex>"`` of a business id, keyed by this ledger: equal here, unlinkable to other
+        ledgers.
+
+        Raises UsageError PIA071 for anything but an integer or a text.
+        """
+        if isinstance(id, bool) or not isinstance(id, int | np.integer | str):
+            raise UsageError(
+                "PIA071",
+                f"a pseudonym was asked for a {type(id).__name__}",
+                "Only ids of instances have pseudonyms",
+                "ledger.pseudonym(ledger.ids[0])",
+            )
+        message = f"text:{id}" if isinstance(id, str) else f"integer:{int(id)}"
+        return "hmac-sha256:" + hmac.new(self._source.key, message.encode(), sha256).hexdigest()
+
+    def to_arrow(self, name: str) -> Any:
+        """pyarrow.Table ``"steps"``, ``"observations"`` or ``"thresholds"``; all of it in memory."""
+        from per_instance_accountant.ledger.tables import to_arrow
+
+        return to_arrow(self, name)
+
+    def export(self, directory: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write the three tables as Parquet and the run as run.json, owner-only. They are as private as the
+        data set.
+
+        Raises UsageError PIA070 if files of these names exist and ``overwrite`` is False, LedgerError PIA041
+        if they cannot be written.
+        """
+        from per_instance_accountant.ledger.tables import export
+
+        export(self, Path(directory), overwrite=overwrite)
+
+
+def _requested(ids: ArrayLike, kind: str) -> NDArray[Any]:
+    wanted: NDArray[Any] = np.asarray(ids)
+    if wanted.size == 0 and wanted.ndim == 1:
+        return wanted.astype(np.int64 if kind == "i" else np.str_)
+    kinds = "iu" if kind == "i" else "U"
+    mixed = (
+        not isinstance(ids, np.ndarray)
+        and len({isinstance(value, str) for value in np.asarray(ids, object)}) > 1
+    )
+    if wanted.ndim != 1 or wanted.dtype.kind not in kinds or mixed:
+        raise PlanError(
+            "PIA032",
+            f"the request has dtype {wanted.dtype} and shape {wanted.shape}",
+            "Ids of this kind name no instance of this ledger",
+            "ledger.positions_of([...]) with " + ("integers" if kind == "i" else "texts"),
+        )
+    return wanted
+
+
+def _refuse_request(what: str, bad: NDArray[np.bool_]) -> NoReturn:
+    raise PlanError(
+        "PIA032",
+        f"{int(bad.sum())} of {bad.size} requested ids are {what}, the first at index {int(bad.argmax())}",
+        "Nothing can be promised for an instance that cannot be identified",
+        "request each id once, as it stands in ledger.ids",
+    )
