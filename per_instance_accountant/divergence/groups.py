@@ -1,0 +1,125 @@
+"""Renyi divergence of one Poisson-subsampled Gaussian step for a whole forget set; never a sum of single values."""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from per_instance_accountant.divergence.orders import (
+    ROUNDING,
+    as_float_array,
+    as_nonnegative,
+    as_orders,
+    bad_argument,
+)
+from per_instance_accountant.divergence.sampled_gaussian import gaussian_rdp, sampled_gaussian_rdp
+
+Floats = NDArray[np.float64]
+
+_STEP: Final = 0.5
+_REACH: Final = 9.0
+_LONGEST: Final = 512.0
+"""Largest sqrt(order (order - 1)) * sum(ratios) that is integrated; beyond it the all-or-none bound is used."""
+_LEVELS: Final = 256
+_SLACK: Final = 1e-11
+
+
+def group_gaussian_rdp(sample_rate: float, ratios: ArrayLike, orders: ArrayLike) -> Floats:
+    """Upper bound, in nats, of the RDP of one step for a forget set, in BOTH directions, (m,).
+
+    sample_rate q in [0, 1]: every member is drawn independently with it. ratios: (f,) sensitivity / noise std of the
+    members. orders: (m,), each above 1. ``log(E exp(a (a - 1) S^2 / 2)) / (a - 1)`` with ``S = sum_i I_i ratio_i``,
+    I_i independent Bernoulli(q): joint convexity of ``exp((a - 1) D_a)`` given which members were drawn (our
+    derivation, docs/math/sampled_gaussian.md).
+    Raises UsageError PIA070 or PIA071.
+
+    >>> group_gaussian_rdp(1.0, [0.5, 0.5], [8.0]).tolist(), round(group_gaussian_rdp(0.01, [0.5, 0.5], [8.0])[0], 6)
+    ([4.0], 0.085577)
+    """
+    rate, members, grid = _arguments(sample_rate, ratios, orders)
+    total = members.sum() * (1 + ROUNDING if members.size > 1 else 1.0)
+    everybody = gaussian_rdp(total, grid)[0]
+    if rate in (0.0, 1.0) or total == 0 or np.isinf(total):
+        return everybody if rate == 1 or np.isinf(total) else np.zeros(grid.size)
+    sizes, counts = _merged(members)
+    scales = np.sqrt(grid * (grid - 1))
+    # E exp(c S^2 / 2) is convex in S, so drawing all or none with probability q bounds it.
+    exponent = (grid - 1) * everybody
+    result = np.logaddexp(math.log1p(-rate), math.log(rate) + exponent)
+    result = np.where(exponent < 1, np.log1p(rate * np.expm1(np.minimum(exponent, 1.0))), result) / (grid - 1)
+    for j in np.flatnonzero(scales * total <= _LONGEST):
+        result[j] = min(result[j], _log_mean_exp_square(rate, scales[j] * sizes, counts) / (grid[j] - 1))
+    return np.asarray(
+        np.minimum(np.maximum(result * (1 + _SLACK), np.nextafter(0.0, 1.0)), everybody * (1 + ROUNDING))
+    )
+
+
+def group_gaussian_rdp_removal(sample_rate: float, ratios: ArrayLike, orders: ArrayLike) -> Floats:
+    """Upper bound, in nats, of the RDP of one step in the REMOVAL direction only: with the forget set || without, (m,).
+
+    Arguments as :func:`group_gaussian_rdp`. One instance with the summed ratio dominates the group at every integer
+    order (our derivation, docs/math/sampled_gaussian.md); at another order the chord between the neighbouring
+    integers is used. Says nothing about ``D(without || with)``: use :func:`group_gaussian_rdp` for that.
+    Raises UsageError PIA070 or PIA071.
+
+    >>> round(group_gaussian_rdp_removal(0.01, [0.5, 0.5], [8.0])[0] * 1e4, 9)
+    8.936439078
+    """
+    rate, members, grid = _arguments(sample_rate, ratios, orders)
+    both = group_gaussian_rdp(rate, members, grid)
+    total = members.sum() * (1 + ROUNDING if members.size > 1 else 1.0)
+    low, high = np.floor(grid), np.ceil(grid)
+    values = sampled_gaussian_rdp(rate, total, np.concatenate([np.maximum(low, 2.0), high]))[0]
+    with np.errstate(invalid="ignore", over="ignore"):
+        left, right = (low - 1) * values[: grid.size], (high - 1) * values[grid.size :]
+        chord = (left + (grid - low) * (right - left)) / (grid - 1) * (1 + ROUNDING)
+    chord = np.where(low == grid, values[: grid.size], np.where(np.isnan(chord), np.inf, chord))
+    return np.asarray(np.minimum(both, chord))
+
+
+def _arguments(sample_rate: float, ratios: ArrayLike, orders: ArrayLike) -> tuple[float, Floats, Floats]:
+    rate = as_float_array("sample_rate", sample_rate, 0).item()
+    if not 0 <= rate <= 1:
+        raise bad_argument("sample_rate", f"is {rate}", "[0, 1]")
+    return float(rate), np.atleast_1d(as_nonnegative("ratios", ratios, 1)), as_orders(orders)
+
+
+def _merged(members: Floats) -> tuple[Floats, Floats]:
+    """Distinct ratios and how often each occurs; many distinct ones are first rounded up to a few levels."""
+    positive = members[members > 0]
+    if np.unique(positive).size > _LEVELS:
+        exponent = np.ceil(np.log2(positive / positive.max()) * 16) / 16
+        positive = np.maximum(
+            positive, positive.max() * np.exp2(np.maximum(exponent, -16.0)) * (1 + ROUNDING)
+        )
+    sizes, counts = np.unique(positive, return_counts=True)
+    return sizes, counts.astype(np.float64)
+
+
+def _log_mean_exp_square(q: float, sizes: Floats, counts: Floats) -> float:
+    """``log E exp((sum_i I_i sizes_i)^2 / 2) = log E_z prod_i (1 - q + q e^{sizes_i z})``, z ~ N(0, 1).
+
+    With even part s and odd part d of the log product, E_z e^{s + d} - 1 = E_z [(e^s - 1) + 2 e^s sinh(d / 2)^2],
+    non-negative terms. Trapezoidal rule: the integrand is a mixture of unit Gaussians centred at sums of sizes.
+    """
+    z = np.arange(1, math.ceil((float(counts @ sizes) + _REACH) / _STEP) + 1) * _STEP
+    x = np.outer(z, sizes)
+    shrink = np.exp(-x)
+    # Both logarithms are divided by e^x where that is needed to keep them finite.
+    even = np.where(x < 1, np.log1p(4 * q * (1 - q) * np.sinh(np.minimum(x, 1.0) / 2) ** 2), 0.0)
+    spread = q * (1 - q) * (1 - shrink) ** 2
+    even = np.where(x < 1, even, x + np.log(np.maximum(spread + shrink, 1e-300)))
+    odd = np.where(
+        x < 30,
+        np.log1p(2 * q * np.sinh(np.minimum(x, 30.0)) / (1 - q + q * shrink)),
+        x + math.log(q) - np.log(1 - q + q * shrink) + np.log1p((1 - q) / q * shrink),
+    )
+    s, d = even @ counts / 2, odd @ counts / 2
+    base = -z * z / 2 + math.log(2 * _STEP) - 0.5 * math.log(2 * math.pi)
+    # log(2 sinh(d / 2)^2) = d - log 2 + 2 log(1 - e^-d)
+    odd_terms = base + s + d - math.log(2) + 2 * np.log(-np.expm1(-d))
+    even_terms = base + s + np.log(-np.expm1(-s))
+    return float(np.logaddexp(0.0, np.logaddexp.reduce(np.concatenate([odd_terms, even_terms]))))
