@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import enum
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from per_instance_accountant.cli.pages import audit_page, budget_verdict, plan_page, verification_page
 from per_instance_accountant.cli.printing import Format, Page, Table, emit
-from per_instance_accountant.errors import CODES, CertificateError, LedgerError, PiaError, UsageError
+from per_instance_accountant.errors import (
+    CODES,
+    CertificateError,
+    LedgerError,
+    MissingDependencyError,
+    PiaError,
+    UsageError,
+)
 
 CHECK_FAILED, USAGE, DAMAGED = 1, 2, 3
 """Exit codes beside 0. An interrupted command ends with 130."""
+_EXTRA_OF = {"torch": "opacus", "opacus": "opacus", "sklearn": "demo"}
 
 app = typer.Typer(
     add_completion=False,
@@ -228,6 +236,15 @@ def explain(
     emit(Page(head=[], tables=[Table.of(rows)], document={"codes": wanted}), output_format)
 
 
+def _needs_extra(missing: str) -> MissingDependencyError:
+    return MissingDependencyError(
+        "PIA061",
+        f"{missing} is not installed",
+        "Training, unlearning and the demonstration need it; audit, plan and verify do not",
+        f'pip install "per-instance-accountant[{_EXTRA_OF[missing]}]"',
+    )
+
+
 def run() -> None:
     """Run the command line; an error of the package becomes its message on stderr and an exit code."""
     for stream in (sys.stdout, sys.stderr):
@@ -235,5 +252,13 @@ def run() -> None:
     try:
         app(prog_name="pia")
     except PiaError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(DAMAGED if isinstance(error, (LedgerError, CertificateError)) else USAGE)
+        _fail(error)
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRA_OF:
+            raise
+        _fail(_needs_extra(error.name))
+
+
+def _fail(error: PiaError) -> NoReturn:
+    typer.echo(f"error: {error}", err=True)
+    sys.exit(DAMAGED if isinstance(error, (LedgerError, CertificateError)) else USAGE)

@@ -79,7 +79,10 @@ def test_import_contracts_hold() -> None:
     [
         ("utils/__init__.py", '"""A room that the layers do not name."""\n'),
         ("audit/seeded.py", '"""Audit must not reach the model."""\nimport torch\n'),
-        ("ledger/seeded.py", '"""Facts must not know conclusions."""\nimport per_instance_accountant.audit\n'),
+        (
+            "ledger/seeded.py",
+            '"""Facts know no conclusion."""\nimport per_instance_accountant.audit\n',
+        ),
     ],
 )
 def test_import_contracts_reject_a_breach(tmp_path: Path, path: str, text: str) -> None:
