@@ -1,0 +1,206 @@
+"""Flat clipping with one threshold per instance, and the DPOptimizers that do it.
+
+Every norm here is an UPPER bound of the norm of the stored gradient and every factor a LOWER bound of the one asked
+for, so the clipped gradient has norm at most the threshold in exact arithmetic, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
+from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processed
+
+from per_instance_accountant.errors import AlignmentError
+
+if TYPE_CHECKING:
+    from per_instance_accountant.opacus_adapter.capture import Tracker
+
+BLOCK = 128
+"""Terms summed in float32 before the sum goes on in float64."""
+
+NORM_SLACK = 2.0**-17
+"""Relative slack added to norms. 65 units of float32 rounding cover a block in any order of summation and its root,
+the rest covers the factor, its product with a gradient and the final additions (docs/opacus_integration.md)."""
+
+STOCK_MARGIN = 1e-6
+"""What Opacus adds to a norm before it divides; kept, so that training stays equal to Opacus'."""
+
+
+def row_squares(gradient: torch.Tensor) -> torch.Tensor:
+    """Squared norms of the rows of a (B, ...) tensor: (B,) float64, relative error below 2 * 65 * 2^-24.
+
+    >>> row_squares(torch.tensor([[3.0, 4.0], [0.0, 1.0]])).tolist()
+    [25.0, 1.0]
+    """
+    rows = gradient.reshape(gradient.shape[0], -1)
+    width = rows.shape[1] - rows.shape[1] % BLOCK
+    rest = torch.linalg.vector_norm(rows[:, width:], dim=1).double()
+    squares = rest * rest
+    if width:
+        blocks = torch.linalg.vector_norm(rows[:, :width].unflatten(1, (-1, BLOCK)), dim=2).double()
+        squares = squares + (blocks * blocks).sum(dim=1)
+    return squares
+
+
+def instance_norms(gradients: Sequence[torch.Tensor]) -> NDArray[np.float64]:
+    """Upper bounds of the norms of per-sample gradients that are spread over parameters.
+
+    gradients: one (B, ...) float32 or float64 tensor per parameter. Returns (B,) float64; NaN or infinity exactly
+    where a gradient is not finite.
+
+    >>> instance_norms([torch.tensor([[3.0], [0.0]]), torch.tensor([[4.0], [0.0]])]).round(3).tolist()
+    [5.0, 0.0]
+    """
+    if not len(gradients[0]):
+        return np.empty(0)
+    squares = row_squares(gradients[0])
+    for gradient in gradients[1:]:
+        squares = squares + row_squares(gradient).to(squares.device)
+    norms: NDArray[np.float64] = np.sqrt(squares.cpu().numpy()) * (1 + NORM_SLACK)
+    overflown = np.flatnonzero(~np.isfinite(norms))
+    if len(overflown):
+        # Squares of finite float32 numbers above 1e19 overflow in float32, not in float64.
+        rows = [gradient[overflown].reshape(len(overflown), -1).double().cpu() for gradient in gradients]
+        norms[overflown] = torch.cat(rows, dim=1).norm(dim=1).numpy() * (1 + NORM_SLACK)
+    return norms
+
+
+def round_up(values: NDArray[np.float64]) -> NDArray[np.float32]:
+    """The smallest float32 numbers that are not below ``values``.
+
+    >>> bool(round_up(np.array([0.1]))[0] >= 0.1)
+    True
+    """
+    near = values.astype(np.float32)
+    return np.where(near < values, np.nextafter(near, np.float32(np.inf)), near)
+
+
+def clip_factors(
+    norms: NDArray[np.float64], limits: NDArray[np.float32] | float
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Factors that bring gradients under their limits, and upper bounds of the norms that remain.
+
+    norms: (B,) upper bounds of the norms. limits: the thresholds, a number or (B,). Returns (factors, contributions),
+    both (B,) float32 with ``factors * norms <= contributions <= limits``.
+
+    >>> factors, contributions = clip_factors(np.array([0.5, 4.0]), 1.0)
+    >>> factors.round(4).tolist(), contributions.round(4).tolist()
+    ([1.0, 0.25], [0.5, 1.0])
+    """
+    exact = np.minimum(1.0, limits / (norms + STOCK_MARGIN))
+    factors = exact.astype(np.float32)
+    factors = np.where(factors > exact, np.nextafter(factors, np.float32(0)), factors)
+    contributions = round_up(factors.astype(np.float64) * norms)
+    return factors, np.minimum(contributions, round_up(np.asarray(limits, dtype=np.float64)))
+
+
+class TrackedOptimizer(DPOptimizer):
+    """A DPOptimizer whose steps are written to a ledger before noise is added. Made by :func:`install` only."""
+
+    tracker: Tracker
+    # With this flag torch.amp.GradScaler announces itself through `found_inf`, and can be refused.
+    _step_supports_amp_scaling = True
+
+    def attach_step_hook(self, fn: Callable[[DPOptimizer], None]) -> None:
+        self.tracker.accept_hook(fn)
+        super().attach_step_hook(fn)
+
+    def clip_and_accumulate(self) -> None:
+        for p in self.params:
+            _check_processed_flag(p.grad_sample)
+        gradients = [self._get_flat_grad_sample(p).to(p.dtype) for p in self.params]
+        clipped = self.tracker.clip(instance_norms(gradients))
+        for p, gradient in zip(self.params, gradients, strict=True):
+            factors = torch.from_numpy(clipped).to(device=gradient.device, dtype=gradient.dtype)
+            total = torch.einsum("i,i...", factors, gradient)
+            p.summed_grad = total if p.summed_grad is None else p.summed_grad + total
+            _mark_as_processed(p.grad_sample)
+        self.tracker.accept()
+
+    def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
+        self.tracker.check_loop(self)
+        self.clip_and_accumulate()
+        return self._release()
+
+    def _release(self) -> bool:
+        if self._check_skip_next_step():
+            self._is_last_step_skipped = True
+            return False
+        self.tracker.record()
+        self.add_noise()
+        self.scale_grad()
+        if self.step_hook:
+            self.step_hook(self)
+        self.tracker.released()
+        self._is_last_step_skipped = False
+        return True
+
+
+class TrackedGhostOptimizer(TrackedOptimizer, DPOptimizerFastGradientClipping):
+    """A DPOptimizerFastGradientClipping whose steps are written to a ledger before noise is added."""
+
+    def clip_and_accumulate(self) -> None:
+        return None
+
+    def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
+        self.tracker.check_loop(self)
+        self.tracker.check_clipped()
+        self.accumulate()
+        self.tracker.accept()
+        return self._release()
+
+
+TRACKED: dict[type[DPOptimizer], type[TrackedOptimizer]] = {
+    DPOptimizer: TrackedOptimizer,
+    DPOptimizerFastGradientClipping: TrackedGhostOptimizer,
+}
+"""Optimizer class -> its tracked twin. A class that is not here is refused."""
+
+
+def install(optimizer: DPOptimizer, tracker: Tracker) -> None:
+    """Turn a DPOptimizer into its tracked twin, in place, and close the way around it."""
+    optimizer.tracker = tracker
+    optimizer.__class__ = TRACKED[type(optimizer)]
+    optimizer.original_optimizer.register_step_pre_hook(tracker.before_update)
+
+
+def install_ghost(module: Any, tracker: Tracker) -> None:
+    """Make ghost clipping use the tracker's factors: the only place where ghost clipping scales an instance."""
+
+    def get_clipping_coef() -> torch.Tensor:
+        norms = ghost_norms(module)
+        factors = tracker.clip(norms.double().cpu().numpy() * (1 + ghost_slack(module)))
+        return torch.from_numpy(factors).to(norms.device)
+
+    module.get_clipping_coef = get_clipping_coef
+
+
+def ghost_norms(module: Any) -> torch.Tensor:
+    """Norms that the first backward pass of ghost clipping left on the parameters, taken so that none is used twice.
+
+    Returns (B,). Raises AlignmentError PIA003 when a trainable parameter has no norm for this batch.
+    """
+    parameters = module.trainable_parameters
+    missing = sum(getattr(p, "_norm_sample", None) is None for p in parameters)
+    if missing:
+        raise AlignmentError(
+            "PIA003",
+            f"{missing} of {len(parameters)} trainable parameters have no per-sample norm for this batch",
+            "Norms of an earlier batch would have been used, so instances could enter the sum unclipped",
+            "let every trainable layer take part in every forward pass, or freeze it with requires_grad_(False)",
+        )
+    norms: torch.Tensor = module.get_norm_sample()
+    for p in parameters:
+        p._norm_sample = None
+    return norms
+
+
+def ghost_slack(module: Any) -> float:
+    """Relative slack for norms that Opacus sums in float32 over whole layers (see docs/opacus_integration.md)."""
+    largest = max(p.numel() for p in module.trainable_parameters)
+    return float(NORM_SLACK + 4 * np.sqrt(largest) * 2.0**-24)

@@ -1,0 +1,236 @@
+"""What can be tracked, and how it is described: checks that come before anything is changed."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib.metadata import version
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from opacus.grad_sample import (
+    GradSampleHooks,
+    GradSampleHooksFastGradientClipping,
+    GradSampleModule,
+    GradSampleModuleFastGradientClipping,
+)
+from opacus.layers.dp_rnn import DPRNNBase
+from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
+from opacus.utils.uniform_sampler import UniformWithReplacementSampler
+from torch.utils.data import DataLoader
+
+from per_instance_accountant.accounting.rules import (
+    ChargingRule,
+    FixedThresholds,
+    Sweep,
+    Unamplified,
+    WorstCase,
+)
+from per_instance_accountant.errors import GuaranteeError, UnsupportedError, UsageError
+from per_instance_accountant.ledger.records import Run
+from per_instance_accountant.opacus_adapter.capture import Setting
+from per_instance_accountant.opacus_adapter.clipping import TRACKED, TrackedOptimizer
+from per_instance_accountant.opacus_adapter.sweeps import sweep_norms
+
+GHOST_MODULES = (GradSampleModuleFastGradientClipping, GradSampleHooksFastGradientClipping)
+MODULES = (GradSampleModule, GradSampleHooks, *GHOST_MODULES)
+
+
+def refuse(reason: str, fix: str) -> NoReturn:
+    """Raise UnsupportedError PIA060."""
+    raise UnsupportedError("PIA060", reason, "What an instance contributes would not be known exactly", fix)
+
+
+def check_untracked(optimizer: torch.optim.Optimizer) -> None:
+    """Raise UnsupportedError PIA060 for an optimizer that is tracked already, wrapped or not."""
+    inner = getattr(optimizer, "original_optimizer", optimizer)
+    hooks = getattr(inner, "_optimizer_step_pre_hooks", {})
+    if isinstance(optimizer, TrackedOptimizer) or any(
+        getattr(h, "__name__", "") == "before_update" for h in hooks.values()
+    ):
+        refuse("the optimizer is tracked already", "build a new optimizer for every make_private or attach")
+
+
+def check_optimizer(optimizer: DPOptimizer) -> None:
+    """Raise UnsupportedError PIA060 for an optimizer whose clipping is not flat, or that is tracked already."""
+    check_untracked(optimizer)
+    if type(optimizer) not in TRACKED:
+        refuse(
+            f"an optimizer of class {type(optimizer).__name__}",
+            'make_private(clipping="flat", grad_sample_mode="hooks") in one process',
+        )
+    if any(p.dtype not in (torch.float32, torch.float64) for p in optimizer.params):
+        refuse("parameters in low precision, where clipping is inexact", "model.float()")
+
+
+def check_layers(module: torch.nn.Module) -> None:
+    """Raise UnsupportedError PIA060 for layers whose per-sample gradients may come in another order than the batch."""
+    if any(isinstance(layer, DPRNNBase) for layer in module.modules()):
+        refuse(
+            "a DPRNN, DPGRU or DPLSTM: its gradients are in order of length for packed sequences",
+            "use a layer that keeps the order of the batch, such as an embedding with a linear layer",
+        )
+
+
+def find_module(optimizer: DPOptimizer) -> Any:
+    """The GradSampleModule or GradSampleHooks that fills these parameters. Raises UsageError PIA071 if none is alive."""
+    mine = {id(p) for p in optimizer.params}
+    for candidate in gc.get_objects():
+        if type(candidate) in MODULES and mine <= {id(p) for p in candidate._module.parameters()}:
+            return candidate
+    raise UsageError(
+        "PIA071",
+        "no GradSampleModule owns the parameters of the optimizer",
+        "Forward passes could not be watched",
+        "attach(optimizer, data_loader, module=GradSampleModule(model))",
+    )
+
+
+def check_module(module: Any, optimizer: DPOptimizer) -> torch.nn.Module:
+    """The user's own module inside ``module``. Raises UnsupportedError PIA060, UsageError PIA071."""
+    if type(module) not in MODULES:
+        refuse(f"a model wrapped as {type(module).__name__}", "GradSampleModule(model), not distributed")
+    core: torch.nn.Module = module._module
+    check_layers(core)
+    if isinstance(module, GHOST_MODULES) != isinstance(optimizer, DPOptimizerFastGradientClipping):
+        refuse(
+            "one of model and optimizer is for ghost clipping, the other is not",
+            "make_private(...) builds both",
+        )
+    if not {id(p) for p in optimizer.params} <= {id(p) for p in core.parameters()}:
+        raise UsageError(
+            "PIA071",
+            "the optimizer has parameters that are not the module's",
+            "Their gradients would not be clipped",
+            "optimizer = torch.optim.SGD(module.parameters(), ...)",
+        )
+    return core
+
+
+def choose_charging(charging: ChargingRule | None, poisson: bool) -> ChargingRule:
+    """The rule to charge by. Raises GuaranteeError PIA010 for an amplified rule without Poisson sampling."""
+    if charging is None:
+        return WorstCase() if poisson else Unamplified()
+    if not poisson and not isinstance(charging, Unamplified):
+        raise GuaranteeError(
+            "PIA010",
+            f"charging rule {charging.name!r} with a loader that does not sample every instance independently",
+            "Losses would be reduced for sampling that did not happen",
+            "make_private(poisson_sampling=True), or charging=Unamplified()",
+        )
+    return charging
+
+
+def describe_setting(
+    loader: DataLoader[Any],
+    charging: ChargingRule | None,
+    module: Any,
+    kind: str,
+    plan_digest: str | None,
+    positions: NDArray[np.int64] | None,
+) -> Setting:
+    """How this loader draws and this module computes. Raises GuaranteeError PIA010 as :func:`choose_charging`."""
+    sampler = loader.batch_sampler
+    poisson = type(sampler) is UniformWithReplacementSampler
+    rows = len(loader.dataset)  # type: ignore[arg-type]
+    rate = sampler.sample_rate if poisson else min(1.0, (loader.batch_size or rows) / rows)  # type: ignore[union-attr]
+    functorch = getattr(module, "force_functorch", False)
+    return Setting(
+        charging=choose_charging(charging, poisson),
+        sampling="poisson" if poisson else "shuffled",
+        sample_rate=float(rate),
+        grad_sample_mode="ghost"
+        if isinstance(module, GHOST_MODULES)
+        else "functorch"
+        if functorch
+        else "hooks",
+        kind=kind,
+        plan_digest=plan_digest,
+        positions=positions,
+    )
+
+
+def check_positions(positions: ArrayLike, rows: int, num_instances: int) -> NDArray[np.int64]:
+    """(rows,) int64 distinct dataset positions in [0, num_instances). Raises UsageError PIA071."""
+    array = np.asarray(positions)
+    ok = array.shape == (rows,) and array.dtype.kind in "iu" and len(np.unique(array)) == rows
+    if not ok or array.min() < 0 or array.max() >= num_instances:
+        raise UsageError(
+            "PIA071",
+            f"positions with shape {array.shape} for {rows} rows are not distinct integers in [0, {num_instances})",
+            "Steps would be charged to other instances",
+            "attach(optimizer, loader, positions=retained) where loader is over Subset(dataset, retained)",
+        )
+    return array.astype(np.int64)
+
+
+def describe_run(
+    loader: DataLoader[Any],
+    ids: ArrayLike | None,
+    groups: Mapping[str, ArrayLike] | None,
+    assumptions: Mapping[str, Any] | None,
+) -> Run:
+    """The facts that are fixed for a run over this loader's data set. Raises UsageError PIA071 for wrong lengths."""
+    count = len(loader.dataset)  # type: ignore[arg-type]
+    columns = {"ids": ids, **(groups or {})}
+    arrays = {name: np.asarray(column) for name, column in columns.items() if column is not None}
+    wrong = [name for name, column in arrays.items() if column.shape != (count,)]
+    if wrong:
+        raise UsageError(
+            "PIA071",
+            f"{wrong[0]} has shape {arrays[wrong[0]].shape}, the data set has {count} instances",
+            "Numbers would be reported under wrong names",
+            "pass one value per dataset position, in dataset order",
+        )
+    labels = {name: arrays[name] for name in groups or {}}
+    software = {name: version(name) for name in ("opacus", "torch")}
+    return Run(
+        num_instances=count,
+        ids=arrays.get("ids") if ids is not None else None,
+        groups=labels,
+        assumptions=assumptions,
+        software=software,
+    )
+
+
+def fixed_thresholds(
+    charging: ChargingRule, num_instances: int, *, recorded: bool = False
+) -> NDArray[np.float32] | None:
+    """(N,) thresholds of FixedThresholds, None for other rules.
+
+    recorded: the ledger may hold them, so none need be given. Raises UsageError PIA071 for a wrong length.
+    """
+    if not isinstance(charging, FixedThresholds) or (recorded and charging.thresholds is None):
+        return None
+    values = charging.as_float32()
+    if values.shape != (num_instances,):
+        raise UsageError(
+            "PIA071",
+            f"{len(values)} thresholds for {num_instances} instances",
+            "Without a threshold per instance there is no individual bound to enforce",
+            "FixedThresholds(thresholds=norm_bounds) with one number per dataset position",
+        )
+    return values
+
+
+def prepare_sweep(
+    charging: ChargingRule, module: Any, optimizer: Any, loader: DataLoader[Any], criterion: Any
+) -> Callable[[int], NDArray[np.float32]] | None:
+    """The pass that measures all norms, for ``Sweep``; None for other rules. Raises UsageError PIA071."""
+    if not isinstance(charging, Sweep):
+        return None
+    if criterion is None:
+        raise UsageError(
+            "PIA071",
+            "charging=Sweep(...) without the loss function",
+            "The norms of instances that are not in a batch could not be measured",
+            "engine.make_private(..., criterion=torch.nn.CrossEntropyLoss())",
+        )
+    return partial(_sweep, module, optimizer, loader, criterion)
+
+
+def _sweep(module: Any, optimizer: Any, loader: Any, criterion: Any, batch_size: int) -> NDArray[np.float32]:
+    return sweep_norms(module, optimizer, loader, criterion, batch_size=batch_size)

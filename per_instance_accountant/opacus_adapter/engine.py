@@ -1,0 +1,251 @@
+"""The two entry points: ``attach`` for a hand-built DPOptimizer, and a drop-in ``PrivacyEngine`` on top of it."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import opacus
+import torch
+from numpy.typing import ArrayLike
+from opacus.optimizers import DPOptimizer
+from torch.utils.data import DataLoader
+
+from per_instance_accountant.accounting.rules import ChargingRule, Sweep
+from per_instance_accountant.errors import LedgerError, UnsupportedError, UsageError
+from per_instance_accountant.ledger import Anchor, Ledger, LedgerWriter
+from per_instance_accountant.opacus_adapter import configuration as check
+from per_instance_accountant.opacus_adapter.capture import Tracker
+from per_instance_accountant.opacus_adapter.clipping import install, install_ghost
+from per_instance_accountant.opacus_adapter.loader import TrackedLoader, check_loader, track_loader
+
+CHECKPOINT_KEY = "per_instance_accountant"
+
+
+def attach(
+    optimizer: DPOptimizer,
+    data_loader: DataLoader[Any],
+    *,
+    module: Any = None,
+    ledger: str | Path | LedgerWriter | None = None,
+    charging: ChargingRule | None = None,
+    ids: ArrayLike | None = None,
+    groups: Mapping[str, ArrayLike] | None = None,
+    assumptions: Mapping[str, Any] | None = None,
+    criterion: Callable[..., Any] | None = None,
+    positions: ArrayLike | None = None,
+    kind: str = "train",
+    plan_digest: str | None = None,
+) -> tuple[Tracker, TrackedLoader]:
+    """Track a hand-built DPOptimizer: returns the tracker and the loader to iterate over from now on.
+
+    optimizer: a flat DPOptimizer (modes hooks and functorch) or DPOptimizerFastGradientClipping (ghost); it is
+    changed in place. module: its GradSampleModule or GradSampleHooks; found by itself when it is alive.
+    ledger: a directory for a new ledger, an open :class:`LedgerWriter` to append to, or None for memory. Thresholds
+    that an open ledger recorded last stay in force. charging: default WorstCase for a Poisson loader, Unamplified for
+    any other. positions: (rows of the loader's dataset,) dataset positions in the run, when the loader is over a part
+    of the run's data set. criterion: the loss, needed by ``Sweep`` only. kind, plan_digest: see
+    :class:`~per_instance_accountant.ledger.records.Phase`.
+
+    Raises UnsupportedError PIA060, GuaranteeError PIA010 for a rule that the loader's sampling does not support,
+    UsageError for arguments that do not fit the data set, LedgerError PIA040 for another ledger.
+    """
+    check.check_optimizer(optimizer)
+    check_loader(data_loader)
+    module = check.find_module(optimizer) if module is None else module
+    core = check.check_module(module, optimizer)
+    appending = isinstance(ledger, LedgerWriter)
+    run = (
+        ledger.run
+        if isinstance(ledger, LedgerWriter)
+        else check.describe_run(data_loader, ids, groups, assumptions)
+    )
+    rows = len(data_loader.dataset)  # type: ignore[arg-type]
+    mapping = None if positions is None else check.check_positions(positions, rows, run.num_instances)
+    setting = check.describe_setting(data_loader, charging, module, kind, plan_digest, mapping)
+    tracker = Tracker(
+        optimizer=optimizer,
+        module=core,
+        run=run,
+        ledger=ledger,
+        setting=setting,
+        thresholds=check.fixed_thresholds(setting.charging, run.num_instances, recorded=appending),
+        sweep=check.prepare_sweep(setting.charging, module, optimizer, data_loader, criterion),
+    )
+    loader = track_loader(data_loader, tracker)
+    install(optimizer, tracker)
+    if isinstance(module, check.GHOST_MODULES):
+        install_ghost(module, tracker)
+    core.register_forward_pre_hook(tracker.count_forward)
+    return tracker, loader
+
+
+class PrivacyEngine(opacus.PrivacyEngine):
+    """Drop-in for :class:`opacus.PrivacyEngine` that also records every instance's part in every step.
+
+    accountant, secure_mode: as in Opacus. ledger: directory of the ledger, or None to keep the facts in memory.
+    charging, ids, groups, assumptions: see :func:`attach`.
+
+    >>> from torch.utils.data import DataLoader, TensorDataset
+    >>> model, examples = torch.nn.Linear(2, 1), TensorDataset(torch.ones(8, 2), torch.ones(8, 1))
+    >>> engine = PrivacyEngine(accountant="rdp")
+    >>> model, optimizer, loader = engine.make_private(
+    ...     module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+    ...     data_loader=DataLoader(examples, batch_size=4), noise_multiplier=1.0, max_grad_norm=1.0)
+    >>> for x, y in loader:
+    ...     optimizer.zero_grad()
+    ...     torch.nn.functional.mse_loss(model(x), y).backward()
+    ...     optimizer.step()
+    >>> engine.ledger.num_steps
+    2
+    """
+
+    def __init__(
+        self,
+        *,
+        accountant: str = "prv",
+        secure_mode: bool = False,
+        ledger: str | Path | None = None,
+        charging: ChargingRule | None = None,
+        ids: ArrayLike | None = None,
+        groups: Mapping[str, ArrayLike] | None = None,
+        assumptions: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(accountant=accountant, secure_mode=secure_mode)
+        self._tracking: dict[str, Any] = {
+            "ledger": ledger,
+            "charging": charging,
+            "ids": ids,
+            "groups": groups,
+            "assumptions": assumptions,
+        }
+        self._tracker: Tracker | None = None
+
+    @property
+    def tracker(self) -> Tracker:
+        """The tracker. Raises UsageError PIA070 before make_private."""
+        if self._tracker is None:
+            raise UsageError(
+                "PIA070",
+                "the engine tracks nothing yet",
+                "There are no facts about any step",
+                "model, optimizer, loader = engine.make_private(...) first",
+            )
+        return self._tracker
+
+    @property
+    def ledger(self) -> Ledger:
+        """The facts recorded so far."""
+        return self.tracker.ledger
+
+    def abandon(self) -> None:
+        """Drop a partly accumulated logical batch after ``break`` or an error; it was not released or charged."""
+        self.tracker.abandon()
+
+    def make_private(self, *, criterion: Any = None, **arguments: Any) -> Any:
+        """As in Opacus, same arguments and same tuple; the loader must be iterated directly or through Opacus'
+        BatchMemoryManager. criterion: the loss, as in Opacus for ghost clipping, and in every mode with ``Sweep``.
+
+        Raises UnsupportedError PIA060 for configurations that are not accounted for, GuaranteeError PIA010 for a
+        charging rule that the loader's sampling does not support, UsageError for arguments that do not fit.
+        """
+        self._check_arguments(arguments, criterion)
+        if criterion is not None:
+            arguments["criterion"] = criterion
+        made = super().make_private(**arguments)
+        module, optimizer, loader = made[0], made[1], made[-1]
+        loss = made[2] if len(made) == 4 else criterion
+        if len(made) == 4 and criterion is None and isinstance(self._tracking["charging"], Sweep):
+            loss = None
+        self._tracker, tracked = attach(optimizer, loader, module=module, criterion=loss, **self._tracking)
+        return (*made[:-1], tracked)
+
+    def make_private_with_epsilon(self, *, criterion: Any = None, **arguments: Any) -> Any:
+        """As in Opacus, same arguments and same tuple; see :meth:`make_private`."""
+        return super().make_private_with_epsilon(criterion=criterion, **arguments)
+
+    def _check_arguments(self, arguments: Mapping[str, Any], criterion: Any) -> None:
+        """Refuse before the model is changed what :func:`attach` would refuse after it."""
+        if self._tracker is not None:
+            check.refuse(
+                "make_private was called twice on one engine", "PrivacyEngine(ledger=...) for each run"
+            )
+        mode, clipping = arguments.get("grad_sample_mode", "hooks"), arguments.get("clipping", "flat")
+        if mode not in ("hooks", "functorch", "ghost"):
+            check.refuse(f"grad_sample_mode={mode!r}", 'make_private(grad_sample_mode="hooks")')
+        if clipping != "flat":
+            check.refuse(f"clipping={clipping!r}", 'make_private(clipping="flat")')
+        if arguments.get("rand_on_empty"):
+            check.refuse(
+                "rand_on_empty=True puts an invented instance into an empty batch", "rand_on_empty=False"
+            )
+        optimizer, loader = arguments.get("optimizer"), arguments.get("data_loader")
+        if loader is not None:
+            check_loader(loader)
+            poisson = arguments.get("poisson_sampling", True)
+            rule = check.choose_charging(self._tracking["charging"], poisson)
+            check.describe_run(loader, *(self._tracking[name] for name in ("ids", "groups", "assumptions")))
+            check.fixed_thresholds(rule, len(loader.dataset))
+            check.prepare_sweep(rule, None, optimizer, loader, criterion)
+        if isinstance(optimizer, torch.optim.Optimizer):
+            check.check_untracked(optimizer)
+        if isinstance(arguments.get("module"), torch.nn.Module):
+            check.check_layers(arguments["module"])
+
+    def save_checkpoint(self, *, checkpoint_dict: dict[str, Any] | None = None, **arguments: Any) -> None:
+        """As in Opacus; the file also says where in the ledger the model stands.
+
+        Raises AlignmentError PIA002 inside a logical batch, LedgerError when the ledger cannot be written.
+        """
+        self.tracker.check_boundary()
+        position = {"version": 1, "anchor": self.tracker.writer.anchor.to_dict()}
+        super().save_checkpoint(
+            checkpoint_dict={**(checkpoint_dict or {}), CHECKPOINT_KEY: position}, **arguments
+        )
+
+    def load_checkpoint(
+        self, *, path: Any, torch_load_kwargs: dict[str, Any] | None = None, **arguments: Any
+    ) -> dict[str, Any]:
+        """As in Opacus, but never runs code from the file, and continues the ledger where the checkpoint was taken.
+
+        Steps that the ledger holds beyond the checkpoint stay charged. Raises LedgerError PIA040 when ledger and
+        checkpoint do not belong together, before model or optimizer change; UnsupportedError PIA060 for a file that only
+        pickle could load.
+        """
+        checkpoint = load_plain(path, torch_load_kwargs or {})
+        self.tracker.resume(read_anchor(checkpoint))
+        # Opacus loads with pickle allowed. What it gets here is what was just read without.
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        buffer.seek(0)
+        return super().load_checkpoint(path=buffer, **arguments)
+
+
+def load_plain(path: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint of tensors and plain values. Raises UnsupportedError PIA060 when only pickle could read it."""
+    try:
+        content: dict[str, Any] = torch.load(path, **{**options, "weights_only": True})
+    except pickle.UnpicklingError as error:
+        raise UnsupportedError(
+            "PIA060",
+            "the checkpoint holds more than tensors and plain values",
+            "Reading it could run code from the file, so it was not read",
+            "save tensors, numbers, strings, lists and dicts only: engine.save_checkpoint(checkpoint_dict={...})",
+        ) from error
+    return content
+
+
+def read_anchor(checkpoint: Mapping[str, Any]) -> Anchor:
+    """Where in its ledger a checkpoint was taken. Raises LedgerError PIA040 when the file does not say it."""
+    position = checkpoint.get(CHECKPOINT_KEY)
+    if not isinstance(position, dict) or position.get("version") != 1:
+        raise LedgerError(
+            "PIA040",
+            "the checkpoint does not say where in a ledger it was taken",
+            "The steps before it are in no ledger, so every loss would be too small",
+            "engine.save_checkpoint(path=..., module=model, optimizer=optimizer) of this package's PrivacyEngine",
+        )
+    return Anchor.from_dict(position["anchor"])
