@@ -23,11 +23,14 @@ from per_instance_accountant.ledger.records import Event, Phase, Resume, Run, St
 
 MAX_METADATA: Final = 1 << 20
 MAX_RUN: Final = 1 << 30
+MAX_INSTANCES: Final = 1 << 27
+"""A step of everybody must fit into one write call of the system, which takes at most 2 GiB."""
 MAX_TEXT: Final = 256
 """Longest business id or group label in characters: fixed-width arrays of them must stay allocatable."""
 _SOURCES: Final = ("fixed", "sweep", "forget")
 _GROUP: Final = "group:"
 _U32: Final = struct.Struct("<I")
+_NUMBERS: Final = {entry.name for entry in fields(Phase) if entry.type == "float"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +51,7 @@ def payload_limit(kind: int, num_instances: int) -> int:
         frames.RESUME: MAX_METADATA,
         frames.MARK: 0,
         frames.THRESHOLDS: _U32.size + 4 * num_instances,
-        frames.STEP: (_position_type(num_instances).itemsize + 4) * num_instances,
+        frames.STEP: 8 * num_instances,
     }
     return limits.get(kind, -1)
 
@@ -65,22 +68,16 @@ def decode(kind: int, payload: bytes, num_instances: int) -> Event:
     return event
 
 
-def _position_type(num_instances: int) -> np.dtype[Any]:
-    return np.dtype("<u4") if num_instances <= 1 << 32 else np.dtype("<u8")
-
-
 def _encode_step(step: Step, num_instances: int) -> bytes:
-    positions = step.positions.astype(_position_type(num_instances)).tobytes()
-    return positions + step.contributions.astype("<f4", copy=False).tobytes()
+    return step.positions.astype("<u4").tobytes() + step.contributions.astype("<f4", copy=False).tobytes()
 
 
 def _decode_step(payload: bytes, num_instances: int) -> Step:
-    kind = _position_type(num_instances)
-    count, rest = divmod(len(payload), kind.itemsize + 4)
+    count, rest = divmod(len(payload), 8)
     if rest:
         raise ValueError("not a whole number of positions")
-    positions = np.frombuffer(payload, kind, count).astype(np.int64)
-    contributions = np.frombuffer(payload, "<f4", count, count * kind.itemsize)
+    positions = np.frombuffer(payload, "<u4", count).astype(np.int64)
+    contributions = np.frombuffer(payload, "<f4", count, 4 * count)
     positions.flags.writeable = False
     return Step(positions=positions, contributions=contributions.astype(np.float32, copy=False))
 
@@ -97,18 +94,17 @@ def _decode_thresholds(payload: bytes, num_instances: int) -> Thresholds:
 
 
 def _encode_phase(phase: Phase, num_instances: int) -> bytes:
-    return canonical_json(asdict(phase), "Phase", MAX_METADATA)
+    content = {name: float(v) if name in _NUMBERS else v for name, v in asdict(phase).items()}
+    return canonical_json(content, "Phase", MAX_METADATA)
 
 
 def _decode_phase(payload: bytes, num_instances: int) -> Phase:
     content = _strict_json(payload, {entry.name for entry in fields(Phase)})
-    for entry in fields(Phase):
-        # JSON has one number type; a rate of 1.0 is written as 1.
-        if entry.type == "float":
-            content[entry.name] = float(content[entry.name])
-        elif not isinstance(content[entry.name], str | None):
-            raise TypeError("a text field of a phase is not text")
-    return Phase(**content)
+    if not all(isinstance(v, int | float if name in _NUMBERS else str | None) for name, v in content.items()):
+        raise TypeError("a field of a phase has another type")
+    # JSON has one number type; a rate of 1.0 is written as 1.
+    restored: dict[str, Any] = {name: float(v) if name in _NUMBERS else v for name, v in content.items()}
+    return Phase(**restored)
 
 
 def _encode_resume(event: Resume, num_instances: int) -> bytes:
@@ -155,10 +151,16 @@ def _not_storable(happened: str) -> UsageError:
 
 
 def _strict_json(payload: bytes, names: set[str]) -> dict[str, Any]:
-    content = json.loads(payload)
+    content = json.loads(payload, parse_int=_number)
     if not isinstance(content, dict) or set(content) != names or rfc8785.dumps(content) != payload:
         raise ValueError("not the canonical form of the record")
     return content
+
+
+def _number(digits: str) -> int | float:
+    """RFC 8785 writes large floats without a point; integers beyond 2**53 it does not write."""
+    value = int(digits)
+    return value if abs(value) < 1 << 53 else float(value)
 
 
 def encode_run(stored: StoredRun) -> bytes:
@@ -202,7 +204,10 @@ def _encode_columns(run: Run) -> bytes:
     # Arrow takes longer to import than a small ledger takes to read.
     import pyarrow as pa
 
-    table = pa.table({name: pa.array(values, _arrow_type(values)) for name, values in columns.items()})
+    try:
+        table = pa.table({name: pa.array(values, _arrow_type(values)) for name, values in columns.items()})
+    except (pa.ArrowException, UnicodeError):
+        raise _bad_column("PIA070", "an id, a label or the name of a group is not valid Unicode") from None
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
@@ -245,8 +250,8 @@ def checked_run(run: Run) -> Run:
     ids.
     """
     count = run.num_instances
-    if type(count) is not int or count >= 1 << 53:
-        raise _bad_column("PIA070", f"num_instances is {count!r}, allowed is an int below 2**53")
+    if type(count) is not int or count > MAX_INSTANCES:
+        raise _bad_column("PIA070", f"num_instances is {count!r}, allowed is an int up to {MAX_INSTANCES}")
     groups = {}
     for name, values in run.groups.items():
         if not isinstance(name, str) or not name:

@@ -42,9 +42,7 @@ class Progress:
         """Whether the last step is a mere intent so far: nothing of the same session follows it."""
         self._phase_at = self._thresholds_at = -1
         self._phase_stale = self._thresholds_stale = False
-        self._positive: NDArray[np.bool_] | None = None
         self._forgotten: NDArray[np.bool_] | None = None
-        self._requests: list[tuple[int, NDArray[np.int64]]] = []
 
     @property
     def num_abandoned_steps(self) -> int:
@@ -79,15 +77,10 @@ class Progress:
 
     def _apply_thresholds(self, event: Thresholds) -> None:
         self._thresholds_at, self._thresholds_stale, self.pending = self.num_steps, False, False
-        if event.source != "forget":
-            self._positive = event.values > 0
-            return
-        # A sweep may itself have measured zero; only what the request turned into zero is forgotten.
-        removed = event.values == 0 if self._positive is None else (event.values == 0) & self._positive
-        if self._forgotten is None:
-            self._forgotten = np.zeros(self.num_instances, dtype=np.bool_)
-        self._requests.append((self.num_steps, np.flatnonzero(removed & ~self._forgotten)))
-        self._forgotten |= removed
+        if event.source == "forget":
+            # For good, also across a Resume: whoever reads the ledger charges a forgotten instance nothing.
+            removed = event.values == 0
+            self._forgotten = removed if self._forgotten is None else self._forgotten | removed
 
     def _check_resume(self, event: Resume) -> None:
         if type(event.at_step) is not int or not 0 <= event.at_step <= self.num_steps:
@@ -101,8 +94,6 @@ class Progress:
         # What was stated after the checkpoint was stated for the branch that is left behind.
         self._phase_stale |= self._phase_at >= start
         self._thresholds_stale |= self._thresholds_at >= start
-        while self._requests and self._requests[-1][0] >= start and self._forgotten is not None:
-            self._forgotten[self._requests.pop()[1]] = False
         if start == self.num_steps:
             return
         while self.abandoned and self.abandoned[-1][1] >= start:
@@ -135,7 +126,7 @@ class Progress:
                 "The step was not recorded, because no loss could be computed from it",
                 "record the norms after clipping, rounded up",
             )
-        if self._requests and self._forgotten is not None and bool(self._forgotten[positions].any()):
+        if self._forgotten is not None and bool(self._forgotten[positions].any()):
             raise _contradiction(
                 f"{int(self._forgotten[positions].sum())} forgotten instances were drawn",
                 "sample from the retained instances only",

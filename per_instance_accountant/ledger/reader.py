@@ -101,7 +101,8 @@ class Walk:
                 event = self._take(frame)
             # Whatever a parser or a record raises: these bytes are no facts, and the text may hold ids.
             except Exception as error:
-                damaged(frame.sequence, frame.offset, f"its payload is refused ({type(error).__name__})")
+                reason = getattr(error, "code", type(error).__name__)
+                damaged(frame.sequence, frame.offset, f"its payload is refused ({reason})")
             self.sequence, self.end, self.chain = frame.sequence, frame.end, frame.chain
             yield event
 
@@ -314,7 +315,10 @@ class Ledger:
                 "ledger.pseudonym(ledger.ids[0])",
             )
         message = f"text:{id}" if isinstance(id, str) else f"integer:{int(id)}"
-        return "hmac-sha256:" + hmac.new(self._source.key, message.encode(), sha256).hexdigest()
+        return (
+            "hmac-sha256:"
+            + hmac.new(self._source.key, message.encode(errors="surrogatepass"), sha256).hexdigest()
+        )
 
     def to_arrow(self, name: str) -> Any:
         """pyarrow.Table ``"steps"``, ``"observations"`` or ``"thresholds"``; all of it in memory."""
@@ -335,22 +339,24 @@ class Ledger:
 
 
 def _requested(ids: ArrayLike, kind: str) -> NDArray[Any]:
+    """The request as a vector of the kind of the ledger's ids: ``"i"`` or ``"U"``."""
     wanted: NDArray[Any] = np.asarray(ids)
-    if wanted.size == 0 and wanted.ndim == 1:
-        return wanted.astype(np.int64 if kind == "i" else np.str_)
-    kinds = "iu" if kind == "i" else "U"
-    mixed = (
-        not isinstance(ids, np.ndarray)
-        and len({isinstance(value, str) for value in np.asarray(ids, object)}) > 1
-    )
-    if wanted.ndim != 1 or wanted.dtype.kind not in kinds or mixed:
+    if wanted.shape == (0,):
+        return np.empty(0, np.int64 if kind == "i" else np.str_)
+    fits = wanted.ndim == 1 and wanted.dtype.kind in ("iu" if kind == "i" else "U")
+    # numpy turns the integers of a mixed list into texts.
+    if fits and kind == "U" and not isinstance(ids, np.ndarray):
+        fits = {isinstance(value, str) for value in np.asarray(ids, object)} == {True}
+    if not fits:
         raise PlanError(
             "PIA032",
             f"the request has dtype {wanted.dtype} and shape {wanted.shape}",
             "Ids of this kind name no instance of this ledger",
             "ledger.positions_of([...]) with " + ("integers" if kind == "i" else "texts"),
         )
-    return wanted
+    if wanted.dtype.kind == "u" and (beyond := wanted > np.iinfo(np.int64).max).any():
+        _refuse_request("unknown to this ledger", beyond)
+    return wanted.astype(np.int64) if kind == "i" else wanted
 
 
 def _refuse_request(what: str, bad: NDArray[np.bool_]) -> NoReturn:

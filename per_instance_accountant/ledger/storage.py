@@ -162,9 +162,12 @@ class DirectoryLog:
             raise unreadable(error) from None
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
             self.close()
-            raise in_use("another writer holds the ledger") from None
+            busy = isinstance(error, BlockingIOError)
+            raise in_use(
+                "another writer holds the ledger" if busy else f"no lock ({error.strerror})"
+            ) from None
         _open_logs.add(self)
 
     def append(self, frame: bytes) -> None:
@@ -241,17 +244,18 @@ def in_use(happened: str) -> LedgerError:
     )
 
 
-def write_key(path: Path) -> None:
-    """Put a fresh random key beside a log that holds nothing yet; everything owner-only and on the device."""
+def make_private(path: Path) -> None:
+    """Make directory and log owner-only and put a fresh random key beside a log that holds nothing yet."""
     try:
         os.chmod(path, 0o700)
-        descriptor = _open_file(path, KEY_NAME, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        try:
-            os.fchmod(descriptor, 0o600)
-            os.write(descriptor, secrets.token_bytes(KEY_SIZE))
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        for name, content in ((LOG_NAME, b""), (KEY_NAME, secrets.token_bytes(KEY_SIZE))):
+            descriptor = _open_file(path, name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            try:
+                os.fchmod(descriptor, 0o600)
+                os.write(descriptor, content)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
         for directory in (path, path.parent):
             _sync_directory(directory)
     except OSError as error:

@@ -11,18 +11,21 @@ from typing import Literal, NoReturn, Self, final
 
 from per_instance_accountant.errors import LedgerError, UsageError
 from per_instance_accountant.ledger import frames
-from per_instance_accountant.ledger.encoding import StoredRun, checked_run, encode, encode_run
+from per_instance_accountant.ledger.encoding import StoredRun, checked_run, decode_run, encode, encode_run
 from per_instance_accountant.ledger.progress import Progress
 from per_instance_accountant.ledger.reader import Anchor, Ledger, RunningDigest, Walk, walk_to_end
 from per_instance_accountant.ledger.records import Event, Resume, Run
 from per_instance_accountant.ledger.storage import (
+    KEY_NAME,
+    LOG_NAME,
     DirectoryLog,
     Log,
     Memory,
     Source,
     directory_source,
     in_use,
-    write_key,
+    make_private,
+    unreadable,
 )
 
 Fsync = Literal["close", "step"]
@@ -62,32 +65,28 @@ class LedgerWriter:
         the system refuses; UsageError PIA070, PIA071 for ids, groups or assumptions that cannot be stored.
         """
         _check_fsync(fsync)
-        stored = StoredRun(
-            run=checked_run(run),
-            run_id=secrets.token_hex(16),
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-        )
-        payload = encode_run(stored)
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        payload = encode_run(StoredRun(run=checked_run(run), run_id=secrets.token_hex(16), created=created))
         if path is None:
             memory = Memory()
-            return cls._begin(memory, memory, stored, payload, fsync)
+            return cls._begin(memory, memory, payload, fsync)
         directory = Path(path)
+        _refuse_foreign(directory)
         log = DirectoryLog(directory, create=True)
         try:
             _refuse_facts(directory, log)
-            write_key(directory)
             log.truncate(0)
-            return cls._begin(log, directory_source(directory), stored, payload, fsync)
+            make_private(directory)
+            return cls._begin(log, directory_source(directory), payload, fsync)
         except BaseException:
             log.close()
             raise
 
     @classmethod
-    def _begin(
-        cls, log: Log, source: Source, stored: StoredRun, payload: bytes, fsync: Fsync
-    ) -> LedgerWriter:
+    def _begin(cls, log: Log, source: Source, payload: bytes, fsync: Fsync) -> LedgerWriter:
         walk = Walk(source.key, lambda count, offset: b"", 0)
-        walk.stored, walk.progress = stored, Progress(stored.run.num_instances)
+        walk.stored = decode_run(payload)
+        walk.progress = Progress(walk.stored.run.num_instances)
         writer = cls(log, source, walk, fsync)
         writer._record(frames.RUN, payload, None)
         log.sync()
@@ -233,6 +232,23 @@ def _check_fsync(fsync: str) -> None:
             f"fsync is {fsync!r}, allowed are 'close' and 'step'",
             "Nobody could say which steps survive a power loss",
             'LedgerWriter.create(path, run, fsync="step")',
+        )
+
+
+def _refuse_foreign(directory: Path) -> None:
+    """A ledger makes its directory owner-only, which must not happen to a directory with other contents."""
+    try:
+        foreign = set(os.listdir(directory)) - {LOG_NAME, KEY_NAME}
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise unreadable(error) from None
+    if foreign:
+        raise LedgerError(
+            "PIA045",
+            f"the directory holds {len(foreign)} files that are no part of a ledger",
+            "Nothing was recorded",
+            'LedgerWriter.create("runs/a_new_directory", run)',
         )
 
 
