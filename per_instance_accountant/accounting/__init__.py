@@ -1,5 +1,7 @@
 """The fold from facts to individual losses, and the charging rules it applies."""
 
+from per_instance_accountant.accounting.fold import account
+from per_instance_accountant.accounting.loss import IndividualLoss
 from per_instance_accountant.accounting.rules import (
     Basis,
     ChargingRule,
@@ -10,4 +12,14 @@ from per_instance_accountant.accounting.rules import (
     WorstCase,
 )
 
-__all__ = ["Basis", "ChargingRule", "FixedThresholds", "LastSeen", "Sweep", "Unamplified", "WorstCase"]
+__all__ = [
+    "Basis",
+    "ChargingRule",
+    "FixedThresholds",
+    "IndividualLoss",
+    "LastSeen",
+    "Sweep",
+    "Unamplified",
+    "WorstCase",
+    "account",
+]

@@ -55,7 +55,9 @@ class FixedThresholds:
 
         Raises UsageError PIA070 for NaN, infinite or negative values, PIA071 for a wrong shape or None.
         """
-        values = np.asarray(self.thresholds, dtype=np.float64) if self.thresholds is not None else np.empty((0, 0))
+        values = (
+            np.asarray(self.thresholds, dtype=np.float64) if self.thresholds is not None else np.empty((0, 0))
+        )
         if values.ndim != 1:
             raise UsageError(
                 "PIA071",

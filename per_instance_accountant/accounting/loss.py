@@ -1,0 +1,49 @@
+"""The record of individual losses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from per_instance_accountant.accounting.rules import Basis
+from per_instance_accountant.divergence import gaussian_epsilon, rdp_to_epsilon
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class IndividualLoss:
+    """One Renyi curve per instance. All values are upper bounds in nats; ``basis`` says of what.
+
+    rdp: (N, m). orders: (m,). ids: (N,) business ids. charging: names of the rules that were applied.
+    worst_case_rdp: (m,) what the clip norm allows for everybody, whatever their data (always CERTIFIED).
+    mu: (N,) Gaussian-DP parameter when no step was amplified by sampling, else None; then epsilon is exact.
+    num_steps: charged steps. digest: of the ledger that was read.
+    """
+
+    rdp: NDArray[np.float64]
+    worst_case_rdp: NDArray[np.float64]
+    orders: NDArray[np.float64]
+    ids: NDArray[Any]
+    basis: Basis
+    charging: tuple[str, ...]
+    num_steps: int
+    mu: NDArray[np.float64] | None
+    digest: str
+
+    def epsilon(self, delta: float) -> NDArray[np.float64]:
+        """(N,) upper bounds on epsilon at ``delta``, on the loss's basis (Canonne, Kamath and Steinke 2020, Prop. 12;
+        exact for steps without amplification)."""
+        converted = np.atleast_1d(rdp_to_epsilon(self.orders, self.rdp, delta))
+        if self.mu is None:
+            return converted
+        return np.minimum(converted, np.atleast_1d(gaussian_epsilon(self.mu, delta)))
+
+    def worst_case_epsilon(self, delta: float) -> float:
+        """Upper bound on epsilon at ``delta`` for every instance, whatever its data."""
+        return float(rdp_to_epsilon(self.orders, self.worst_case_rdp, delta))
+
+    def __repr__(self) -> str:
+        rules = "+".join(self.charging)
+        return f"IndividualLoss({len(self.ids)} instances, {self.num_steps} steps, {rules}, {self.basis})"

@@ -1,0 +1,190 @@
+"""From individual losses to individual budgets at one delta."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from per_instance_accountant.accounting import Basis, ChargingRule, account
+from per_instance_accountant.audit.statement import statement_text
+from per_instance_accountant.errors import UsageError
+from per_instance_accountant.ledger import Ledger
+from per_instance_accountant.ledger.records import Phase
+
+QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class BudgetAudit:
+    """Individual budgets. Every epsilon is an upper bound on ``basis``; all values are as private as the data.
+
+    epsilon: (N,). ids: (N,) business ids. worst_case: epsilon that holds for everybody whatever their data
+    (CERTIFIED). groups: name -> (N,) labels. num_abandoned_steps: charged steps of branches that were not continued.
+    """
+
+    epsilon: NDArray[np.float64]
+    ids: NDArray[Any]
+    basis: Basis
+    charging: tuple[str, ...]
+    delta: float
+    worst_case: float
+    num_steps: int
+    num_abandoned_steps: int
+    groups: Mapping[str, NDArray[Any]]
+    phases: tuple[Phase, ...]
+    digest: str
+
+    def top(self, k: int = 10) -> list[dict[str, Any]]:
+        """The ``k`` instances with the largest epsilon, largest first; ties in order of position."""
+        order = np.argsort(-self.epsilon, kind="stable")[: max(k, 0)]
+        return [
+            {"id": self.ids[i].item(), "epsilon": float(self.epsilon[i]), "basis": str(self.basis)}
+            for i in order
+        ]
+
+    def by_group(self, name: str) -> list[dict[str, Any]]:
+        """Median, 95 % quantile and maximum of epsilon by label of ``name``, largest median first.
+
+        Raises UsageError PIA071 for a name that the ledger does not hold.
+        """
+        if name not in self.groups:
+            raise UsageError(
+                "PIA071",
+                f"the ledger holds no group {name!r}; it holds {sorted(self.groups)}",
+                "No number was computed",
+                "PrivacyEngine(groups={'label': labels}) when training",
+            )
+        labels, index = np.unique(self.groups[name], return_inverse=True)
+        rows = [
+            {
+                "group": label.item(),
+                "instances": int(np.sum(index == j)),
+                "median": _upper_quantile(self.epsilon[index == j], 0.5),
+                "p95": _upper_quantile(self.epsilon[index == j], 0.95),
+                "max": float(self.epsilon[index == j].max()),
+                "basis": str(self.basis),
+            }
+            for j, label in enumerate(labels)
+        ]
+        return sorted(rows, key=lambda row: -row["median"])
+
+    def quantiles(self, q: float | Sequence[float] = QUANTILES) -> NDArray[np.float64]:
+        """Quantiles of epsilon over the instances, rounded up to a value that occurs."""
+        levels = np.atleast_1d(np.asarray(q, dtype=np.float64))
+        if not np.all((levels >= 0) & (levels <= 1)):
+            raise UsageError(
+                "PIA070",
+                "a quantile level is outside [0, 1]",
+                "No number was computed",
+                "audit.quantiles([0.5, 0.9])",
+            )
+        return np.quantile(self.epsilon, levels, method="higher")
+
+    def num_over(self, budget: float) -> int:
+        """How many instances have an epsilon above ``budget``."""
+        if not budget >= 0:
+            raise UsageError(
+                "PIA070",
+                f"budget is {budget!r}, allowed is [0, inf]",
+                "A comparison with it would be meaningless",
+                "audit.num_over(8.0)",
+            )
+        return int(np.sum(~(self.epsilon <= budget)))
+
+    def metrics(self) -> dict[str, float]:
+        """A flat dictionary for any experiment logger."""
+        levels = dict(zip(QUANTILES, self.quantiles().tolist(), strict=True))
+        return {
+            "privacy/epsilon_worst_case": self.worst_case,
+            **{f"privacy/epsilon_p{round(100 * q)}": value for q, value in levels.items()},
+            "privacy/epsilon_max": float(self.epsilon.max()),
+            "privacy/delta": self.delta,
+        }
+
+    def statement(self) -> str:
+        """What the numbers promise, in words."""
+        return statement_text(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Summary without individual values."""
+        return {
+            "instances": len(self.ids),
+            "steps": self.num_steps,
+            "delta": self.delta,
+            "basis": str(self.basis),
+            "charging": list(self.charging),
+            "epsilon_worst": self.worst_case,
+            "epsilon_quantiles": {
+                str(q): v for q, v in zip(QUANTILES, self.quantiles().tolist(), strict=True)
+            },
+            "epsilon_max": float(self.epsilon.max()),
+            "ledger": self.digest,
+        }
+
+    def to_arrow(self) -> pa.Table:
+        """One row per instance: id, epsilon, basis, and the group labels."""
+        columns: dict[str, Any] = {"id": pa.array(self.ids), "epsilon": pa.array(self.epsilon)}
+        columns["basis"] = pa.array([str(self.basis)] * len(self.ids))
+        return pa.table(columns | {f"group_{name}": pa.array(labels) for name, labels in self.groups.items()})
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write :meth:`to_arrow` as an owner-only CSV file; text cells that a spreadsheet would run are quoted."""
+        table = self.to_arrow()
+        descriptor = os.open(Path(path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w", newline="", encoding="utf-8") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(table.column_names)
+            for row in zip(*(column.to_pylist() for column in table.columns), strict=True):
+                writer.writerow([_inert(cell) for cell in row])
+
+    def __repr__(self) -> str:
+        low, middle, high = self.quantiles([0.1, 0.5, 0.9])
+        return (
+            f"BudgetAudit({len(self.ids)} instances, {self.num_steps} steps, delta={self.delta:g}: worst case "
+            f"{self.worst_case:.3f} (CERTIFIED); p10 {low:.3f}, median {middle:.3f}, p90 {high:.3f} ({self.basis}))"
+        )
+
+
+def _upper_quantile(values: NDArray[np.float64], q: float) -> float:
+    return float(np.quantile(values, q, method="higher"))
+
+
+def _inert(cell: Any) -> Any:
+    return "'" + cell if isinstance(cell, str) and cell.startswith(_FORMULA_STARTS) else cell
+
+
+def audit_budgets(
+    ledger: Ledger | str | os.PathLike[str], delta: float, charging: ChargingRule | None
+) -> BudgetAudit:
+    """See :func:`per_instance_accountant.audit`."""
+    ledger = Ledger.open(ledger)
+    if not 0 < delta < 1:
+        raise UsageError(
+            "PIA070",
+            f"delta is {delta!r}, allowed is (0, 1)",
+            "No guarantee exists for it",
+            "audit(ledger, delta=1e-5)",
+        )
+    loss = account(ledger, charging)
+    return BudgetAudit(
+        epsilon=loss.epsilon(delta),
+        ids=loss.ids,
+        basis=loss.basis,
+        charging=loss.charging,
+        delta=delta,
+        worst_case=loss.worst_case_epsilon(delta),
+        num_steps=loss.num_steps,
+        num_abandoned_steps=ledger.num_abandoned_steps,
+        groups=ledger.groups,
+        phases=ledger.phases,
+        digest=loss.digest,
+    )
