@@ -33,12 +33,12 @@ clean:
 
 # Candidates are run, not only looked up: a version manager's stub may stand on PATH and start nothing.
 $(BIN)/python:
-	@found=; for name in $(PYTHON) python3.11 python3.12 python3.13 python3 python; do \
+	@found=; for name in $(or $(PYTHON),python3.11 python3.12 python3.13 python3 python); do \
 	  if "$$name" -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; \
 	  then found=$$name; break; fi; \
 	done; \
 	if [ -z "$$found" ]; then \
-	  echo 'No Python 3.11 or newer with ensurepip was found on PATH: install one, or name it with PYTHON=...' >&2; exit 1; \
+	  echo 'No Python 3.11 or newer with ensurepip was found: install one, or name it with make PYTHON=...' >&2; exit 1; \
 	fi; \
 	"$$found" -m venv --clear $(VENV) || \
 	  { rm -rf $(VENV); echo "$$found could not create the virtual environment $(VENV)." >&2; exit 1; }

@@ -10,9 +10,12 @@ import platform
 import stat
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
+
+from per_instance_accountant.cli.printing import rounded_up
 
 Finding = dict[str, str]
 
@@ -35,7 +38,8 @@ def examine(*, train: bool = False) -> list[Finding]:
     findings = [*_versions(), _run("owner-only files", _file_modes), _run("known numbers", _known_numbers)]
     findings.append(_run("in-memory ledger", _ledger_fixture))
     if train:
-        findings.append(_run("training with Opacus", _train))
+        with warnings.catch_warnings(action="ignore"):
+            findings.append(_run("training with Opacus", _train))
     return findings
 
 
@@ -181,4 +185,4 @@ def _train() -> str:
     _expect(
         abs(ours.worst_case / theirs - 1) <= _SLACK, f"epsilon is {ours.worst_case}, Opacus says {theirs}"
     )
-    return f"{ours.num_steps} steps recorded; worst case {ours.worst_case:.4g} equals Opacus"
+    return f"{ours.num_steps} steps recorded; worst case {rounded_up(ours.worst_case)} equals Opacus"

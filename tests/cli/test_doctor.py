@@ -74,3 +74,18 @@ def test_absent_extras_are_named_with_their_pip_line(monkeypatch: pytest.MonkeyP
         'pip install "per-instance-accountant[opacus]"',
     )
     assert status_of("scipy", findings) == ("failed", "pip install scipy")
+
+
+@pytest.mark.parametrize(("factor", "status"), [(1.0, "ok"), (1.0001, "failed")])
+def test_training_is_compared_with_opacus(
+    monkeypatch: pytest.MonkeyPatch, factor: float, status: str
+) -> None:
+    """Seeded bug: an accountant that differs from Opacus in the fourth digit."""
+    import torch
+    from opacus.accountants import RDPAccountant
+
+    torch.set_num_threads(1)
+    true = RDPAccountant.get_epsilon
+    monkeypatch.setattr(RDPAccountant, "get_epsilon", lambda *args, **rest: true(*args, **rest) * factor)
+    found, detail = status_of("training with Opacus", examine(train=True))
+    assert found == status, detail
