@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import sys
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -18,6 +18,9 @@ from per_instance_accountant.errors import (
     PiaError,
     UsageError,
 )
+
+if TYPE_CHECKING:
+    from per_instance_accountant.accounting import ChargingRule
 
 CHECK_FAILED, USAGE, DAMAGED = 1, 2, 3
 """Exit codes beside 0. An interrupted command ends with 130."""
@@ -43,8 +46,21 @@ class Charging(enum.StrEnum):
 
 
 FormatOption = Annotated[Format, typer.Option("--format", help="How the result is written to stdout.")]
+ChargingOption = Annotated[Charging, typer.Option("--charging", help="Rule that the numbers rest on.")]
 LedgerArgument = Annotated[str, typer.Argument(help="Directory of the ledger.", show_default=False)]
 LedgerOption = Annotated[str, typer.Option("--ledger", help="Directory of the ledger.", show_default=False)]
+
+
+def _rule(charging: Charging) -> ChargingRule | None:
+    from per_instance_accountant.accounting import LastSeen, Unamplified, WorstCase
+
+    rules: dict[Charging, ChargingRule | None] = {
+        Charging.WORST_CASE: WorstCase(),
+        Charging.AS_TRAINED: None,
+        Charging.LAST_SEEN: LastSeen(),
+        Charging.UNAMPLIFIED: Unamplified(),
+    }
+    return rules[charging]
 
 
 def _finish(ok: bool) -> None:
@@ -107,22 +123,13 @@ def audit(
     budget: Annotated[
         float | None, typer.Option("--budget", metavar="EPS", help="Fail above this epsilon.")
     ] = None,
-    charging: Annotated[Charging, typer.Option("--charging", help="Rule that the numbers rest on.")] = (
-        Charging.AS_TRAINED
-    ),
+    charging: ChargingOption = Charging.AS_TRAINED,
     output_format: FormatOption = Format.TABLE,
 ) -> None:
     """Individual privacy budgets. CSV lists every instance, or the groups with --by."""
-    from per_instance_accountant.accounting import LastSeen, Unamplified, WorstCase
     from per_instance_accountant.audit import audit as judge
 
-    rules = {
-        Charging.WORST_CASE: WorstCase(),
-        Charging.AS_TRAINED: None,
-        Charging.LAST_SEEN: LastSeen(),
-        Charging.UNAMPLIFIED: Unamplified(),
-    }
-    result = judge(ledger, delta, charging=rules[charging])
+    result = judge(ledger, delta, charging=_rule(charging))
     count = top or len(result.ids) if output_format is Format.CSV and by is None else top
     within = None if budget is None else budget_verdict(result, budget)
     emit(audit_page(result, ledger, by, count, within), output_format)
@@ -139,6 +146,7 @@ def plan(
     assumptions: Annotated[
         str | None, typer.Option("--assumptions", help="JSON file; default: the ledger's.")
     ] = None,
+    charging: ChargingOption = Charging.AS_TRAINED,
     output: Annotated[str | None, typer.Option("--output", help="File for the plan.")] = None,
     output_format: FormatOption = Format.TABLE,
 ) -> None:
@@ -155,6 +163,7 @@ def plan(
         order=order,
         target_delta=target_delta,
         assumptions=read_assumptions(assumptions) if assumptions else None,
+        charging=_rule(charging),
     )
     if output:
         made.save(output)

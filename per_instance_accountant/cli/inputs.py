@@ -71,7 +71,7 @@ def read_assumptions(path: str) -> dict[str, Any]:
         "PIA071",
         "--assumptions names a file that holds no JSON object",
         "Bounds rest on named assumptions, and none could be read",
-        '--assumptions with a file such as {"smoothness": {"value": 1.8, "source": "user"}}',
+        '--assumptions with a file such as {"smoothness": 1.8, "clipping_never_binds": true}',
     )
 
 

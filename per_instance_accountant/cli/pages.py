@@ -50,32 +50,41 @@ def audit_page(
 
 
 def plan_page(made: UnlearningPlan) -> Page:
-    """Steps of the group and of each requested instance alone, or the best value that can be reached."""
-    document: dict[str, Any] = made.to_dict()
-    rows = [
-        {
-            "id": row["id"],
-            "steps alone": row["steps"],
-            "decides": "<-" if row["id"] == made.deciding_id else "",
-            "basis": "CERTIFIED",
-        }
-        for row in document["per_instance"]
-    ]
-    measure = f"Renyi order {made.order:g}" if made.order is not None else f"delta {made.target_delta:g}"
-    value = f"epsilon {rounded_up(made.value)} at {measure} (target {made.target_epsilon}, {made.bound})"
+    """Steps of the request and of each instance alone, the bound that gave them and what it assumes."""
+    order, delta = made.measure.order, made.measure.delta
+    measure = f"Renyi order {order}" if order is not None else f"delta {delta}"
+    claim = (
+        f"at most epsilon {rounded_up(made.value)} at {measure} ({made.basis}), target {made.target}, "
+        f"direction {made.direction}, against {made.reference}, by {made.bound}"
+    )
     if made.reachable:
         head = [
-            f"Plan: {made.steps} noisy fine-tuning steps without the {len(rows)} requested instances",
-            f"after them: {value}",
-            f"training took {made.training_steps} steps",
+            f"Plan: {made.steps} noisy fine-tuning steps without the {len(made.ids)} requested instances",
+            f"After them: {claim}",
+            f"Training took {made.training_steps} steps",
         ]
     else:
-        head = [
-            "Plan: the target is unreachable under the stated assumptions; retrain",
-            f"best reached: {value}",
-        ]
+        head = [f"Plan: unreachable for the {len(made.ids)} requested instances", f"Best reached: {claim}"]
+    rows = [
+        {
+            "id": row.id,
+            "steps alone": row.steps,
+            "epsilon": row.value,
+            "basis": made.basis,
+            "by": row.bound,
+            "decides": "<-" if row.id == made.deciding_id else "",
+        }
+        for row in made.per_instance
+    ]
+    assumed = [
+        f"Assumes: {name} = {entry['value']} ({entry['source']})" for name, entry in made.assumptions.items()
+    ]
+    unused = [f"Not applicable: {refused.bound}, {refused.reason}" for refused in made.not_applicable]
     return Page(
-        head=head, tables=[Table.of(rows)], document=document | {"notice": SENSITIVE}, notes=[SENSITIVE]
+        head=head,
+        tables=[Table.of(rows)],
+        document=made.to_dict() | {"notice": SENSITIVE},
+        notes=[*assumed, *unused, SENSITIVE],
     )
 
 
