@@ -1,1 +1,28 @@
-"""TODO"""
+"""The promise: deletion requests, bounds, plans, certificates and their verification. No torch."""
+
+from per_instance_accountant.unlearning import bounds
+from per_instance_accountant.unlearning.assumptions import (
+    Assumptions,
+    logistic_regression,
+    softmax_regression,
+)
+from per_instance_accountant.unlearning.certificate import Certificate
+from per_instance_accountant.unlearning.issuing import issue
+from per_instance_accountant.unlearning.plan_file import InstanceSteps, UnlearningPlan
+from per_instance_accountant.unlearning.planner import plan
+from per_instance_accountant.unlearning.verification import Check, VerificationReport, verify
+
+__all__ = [
+    "Assumptions",
+    "Certificate",
+    "Check",
+    "InstanceSteps",
+    "UnlearningPlan",
+    "VerificationReport",
+    "bounds",
+    "issue",
+    "logistic_regression",
+    "plan",
+    "softmax_regression",
+    "verify",
+]

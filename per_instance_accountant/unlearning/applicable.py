@@ -1,0 +1,213 @@
+"""Which bounds apply to a chain, and why the others do not. Adding a bound: one file in bounds/ and one row
+here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from per_instance_accountant.divergence import DEFAULT_ORDERS
+from per_instance_accountant.unlearning.assumptions import Array, Assumptions, contraction_factors
+from per_instance_accountant.unlearning.bounds.contractive import Contractive, contractive_from
+from per_instance_accountant.unlearning.bounds.data_processing import DataProcessing, data_processing_from
+from per_instance_accountant.unlearning.bounds.interface import Bound, Measure, Tail
+from per_instance_accountant.unlearning.bounds.schedule import Schedule
+from per_instance_accountant.unlearning.bounds.shifted_lsi import ShiftedLsi, orders_below, tabulated
+from per_instance_accountant.unlearning.bounds.subsampled import Subsampled, subsampled_from
+from per_instance_accountant.unlearning.chain import Mechanism, TrainingChain
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Facts:
+    """Everything a bound may use: training, the assumptions, the measure, and the mechanism of the
+    unlearning steps."""
+
+    chain: TrainingChain
+    assumptions: Assumptions
+    measure: Measure
+    mechanism: Mechanism | None
+
+    def data_processing(self) -> DataProcessing:
+        """R0, which every other bound may start from."""
+        chain = self.chain
+        return data_processing_from(chain.counts, chain.amplification_rates, chain.ratios, self.measure)
+
+    def schedule(self) -> Schedule:
+        """Shifts, noise and contraction per step on the iterate, each rounded to the safe side."""
+        chain, per_step = self.chain, self.chain.counts
+        learning_rate, denominator = chain.per_span("learning_rate"), chain.per_span("denominator")
+        shifts = np.nextafter(chain.thresholds * (learning_rate / denominator)[:, None], np.inf) * (1 + 1e-15)
+        shifts = np.where((chain.thresholds > 0) & (learning_rate > 0)[:, None], shifts, 0.0)
+        noise = learning_rate * chain.per_span("noise_std") / denominator * (1 - 1e-15)
+        return Schedule(
+            shifts=np.repeat(shifts, per_step, axis=0),
+            noise_std=np.repeat(noise, per_step),
+            contraction=np.repeat(_factors(self.assumptions, chain.mechanisms), per_step),
+            rates=np.repeat(chain.amplification_rates, per_step),
+            tail=self.tail(),
+        )
+
+    def tail(self) -> Tail:
+        """The unlearning steps on the iterate."""
+        m = self.mechanism
+        if m is None:
+            return Tail(noise_std=0.0, contraction=1.0)
+        noise = m.learning_rate * m.noise_std / m.denominator * (1 - 1e-15)
+        return Tail(noise_std=noise, contraction=float(_factors(self.assumptions, (m,))[0]))
+
+
+def _factors(assumptions: Assumptions, mechanisms: tuple[Mechanism, ...]) -> Array:
+    def column(name: str) -> Array:
+        return np.array([getattr(m, name) for m in mechanisms], dtype=np.float64)
+
+    empty = np.array([m.sampling == "poisson" and m.sample_rate < 1 for m in mechanisms], dtype=np.bool_)
+    return contraction_factors(
+        assumptions,
+        learning_rate=column("learning_rate"),
+        weight_decay=column("weight_decay"),
+        denominator=column("denominator"),
+        batch_may_be_empty=empty,
+    )
+
+
+def contraction_of(facts: Facts) -> float | None:
+    """Contraction factor of the unlearning steps (upper bound), None when unknown."""
+    if facts.assumptions.smoothness is None or facts.mechanism is None:
+        return None
+    return facts.tail().contraction
+
+
+Requirement = Callable[[Facts], str | None]
+"""None when it is met, else the reason in words."""
+
+
+def _one_state(facts: Facts) -> str | None:
+    mechanisms = (*facts.chain.mechanisms, *((facts.mechanism,) if facts.mechanism else ()))
+    if all(m.optimizer == "SGD" and m.momentum == 0 for m in mechanisms):
+        return None
+    return "the optimizer is not plain SGD, so the parameters are not the whole state"
+
+
+def _one_branch(facts: Facts) -> str | None:
+    if facts.chain.abandoned_steps == 0:
+        return None
+    return f"{facts.chain.abandoned_steps} steps were abandoned and may have been seen: the iterates are not hidden"
+
+
+def _contraction_known(facts: Facts) -> str | None:
+    known = facts.assumptions
+    if known.smoothness is None:
+        return "no smoothness is stated (assumptions={'smoothness': ...})"
+    if known.num_instances is not None and known.num_instances < facts.chain.num_instances:
+        return f"smoothness is of {known.num_instances} instances, the run has {facts.chain.num_instances}"
+    return None
+
+
+def _clipping_never_binds(facts: Facts) -> str | None:
+    known, chain = facts.assumptions, facts.chain
+    if not known.clipping_never_binds:
+        return "clipping may bind, which destroys contraction (clipping_never_binds=True if it never does)"
+    clip = chain.per_span("max_grad_norm")
+    tail = (facts.mechanism.max_grad_norm,) if facts.mechanism else ()
+    needed = (known.gradient_norm or 0.0) / (1 + 2.0**-23)
+    if known.gradient_norm is not None and min((*clip.tolist(), *tail)) < needed:
+        return f"instance gradients may reach {known.gradient_norm:.6g}, above the clip norm"
+    individual = chain.smallest_threshold < (needed if known.gradient_norm is not None else clip)
+    if np.any(individual & chain.thresholds_from_sweep):
+        return "thresholds were measured during training, so clipping may bind at other parameters"
+    if np.any(individual) and not known.individual_thresholds:
+        return (
+            "individual thresholds lie below the gradient bound"
+            " (individual_thresholds=True if each is at least its instance's own gradient bound)"
+        )
+    return None
+
+
+CONTRACTION: Final[tuple[Requirement, ...]] = (
+    _one_state,
+    _one_branch,
+    _contraction_known,
+    _clipping_never_binds,
+)
+
+
+def _contractive(facts: Facts) -> Bound:
+    return contractive_from(facts.schedule(), facts.measure)
+
+
+def _subsampled(facts: Facts) -> Bound:
+    return subsampled_from(facts.schedule(), facts.measure)
+
+
+def _shifted_lsi(facts: Facts) -> Bound:
+    """Without hidden sampling the maps with the forget set are contractive by the same assumptions: both
+    directions."""
+    plan, start = facts.schedule(), facts.data_processing()
+    order = facts.measure.order or float(DEFAULT_ORDERS[-1])
+    if start.mu(0) is not None:
+        return ShiftedLsi(
+            measure=facts.measure,
+            curve=lambda orders: start.rdp(0, orders),
+            constant=float(plan.variances().sum()) * (1 + 1e-12),
+            tail=plan.tail,
+            direction="both",
+        )
+    orders = orders_below(order)
+    return ShiftedLsi(
+        measure=facts.measure,
+        curve=tabulated(orders, start.rdp(0, orders)),
+        constant=float(plan.variances().sum()) * (1 + 1e-12),
+        tail=plan.tail,
+        direction="remove",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One bound: its name, what it needs, how it is built."""
+
+    name: str
+    requirements: tuple[Requirement, ...]
+    build: Callable[[Facts], Bound]
+
+
+ROWS: Final[tuple[Row, ...]] = (
+    Row(name=DataProcessing.name, requirements=(), build=Facts.data_processing),
+    Row(name=ShiftedLsi.name, requirements=CONTRACTION, build=_shifted_lsi),
+    Row(name=Contractive.name, requirements=CONTRACTION, build=_contractive),
+    Row(name=Subsampled.name, requirements=CONTRACTION, build=_subsampled),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NotApplicable:
+    """A bound that was not used, and why."""
+
+    bound: str
+    reason: str
+
+
+def applicable(facts: Facts, direction: str) -> tuple[tuple[Bound, ...], tuple[NotApplicable, ...]]:
+    """The bounds that hold for ``facts`` in ``direction`` (``"both"`` or ``"remove"``), and the rest with
+    reasons."""
+    bounds: list[Bound] = []
+    refused: list[NotApplicable] = []
+    for row in ROWS:
+        reasons = [reason for reason in (need(facts) for need in row.requirements) if reason is not None]
+        if reasons:
+            refused.append(NotApplicable(bound=row.name, reason=reasons[0]))
+            continue
+        bound = row.build(facts)
+        if direction == "both" and bound.direction != "both":
+            refused.append(
+                NotApplicable(
+                    bound=row.name,
+                    reason="under hidden sampling it covers one direction only (direction='remove')",
+                )
+            )
+            continue
+        bounds.append(bound)
+    return tuple(bounds), tuple(refused)

@@ -1,0 +1,259 @@
+"""Facts of training as arrays: what each recorded step did to the forget set, read from a ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from per_instance_accountant.accounting import Basis, ChargingRule, FixedThresholds, WorstCase
+from per_instance_accountant.errors import GuaranteeError
+from per_instance_accountant.ledger import Ledger
+from per_instance_accountant.ledger.records import Event, Phase, Resume, Step, Thresholds
+
+Array = NDArray[np.float64]
+
+CERTIFIED_RULES: Final = tuple(r.name for r in (WorstCase, FixedThresholds) if r.basis is Basis.CERTIFIED)
+_FLOAT32: Final = 1 + 2.0**-23
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mechanism:
+    """One noisy step: ``theta <- theta - learning_rate * ((sum of clipped gradients + N(0, noise_std^2)) /
+    denominator + weight_decay * theta)`` over a batch drawn at ``sample_rate``."""
+
+    learning_rate: float
+    denominator: float
+    noise_std: float
+    sampling: str
+    sample_rate: float
+    weight_decay: float
+    max_grad_norm: float
+    optimizer: str
+    momentum: float
+
+    @classmethod
+    def of(cls, phase: Phase) -> Mechanism:
+        """The mechanism of a phase."""
+        return cls(**{name: getattr(phase, name) for name in cls.__slots__})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TrainingChain:
+    """Spans of equal steps (S of them), with the thresholds of the f members of a forget set.
+
+    counts (S,): steps in each span. mechanisms: one per span. thresholds (S, f): bound on each member's
+    contribution to the noisy sum, 0 once it was forgotten. forgotten (f,): excluded at the end.
+    smallest_threshold (S,): least positive threshold at which anybody was clipped. thresholds_from_sweep
+    (S,): whether those came from measured norms. abandoned_steps: steps of branches that a resume left
+    behind.
+    """
+
+    counts: NDArray[np.int64]
+    mechanisms: tuple[Mechanism, ...]
+    thresholds: Array
+    forgotten: NDArray[np.bool_]
+    smallest_threshold: Array
+    thresholds_from_sweep: NDArray[np.bool_]
+    abandoned_steps: int
+    num_instances: int
+    last_training: Mechanism | None
+
+    @property
+    def num_steps(self) -> int:
+        """Recorded steps, all of which are charged."""
+        return int(self.counts.sum())
+
+    def per_span(self, name: str) -> Array:
+        """(S,) values of one field of the mechanisms."""
+        return np.array([getattr(m, name) for m in self.mechanisms], dtype=np.float64)
+
+    @property
+    def amplification_rates(self) -> Array:
+        """(S,) rates that accounting may use: the sample rate under Poisson sampling, else 1."""
+        return np.array(
+            [m.sample_rate if m.sampling == "poisson" else 1.0 for m in self.mechanisms], dtype=np.float64
+        )
+
+    @property
+    def ratios(self) -> Array:
+        """(S, f) threshold over noise std, infinite without noise, rounded up."""
+        noise = self.per_span("noise_std")[:, None]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = np.nextafter(self.thresholds / noise, np.inf)
+        return np.where(self.thresholds > 0, ratio, 0.0)
+
+    def only(self, members: NDArray[np.int64]) -> TrainingChain:
+        """The same steps for some members of the forget set."""
+        return replace(self, thresholds=self.thresholds[:, members], forgotten=self.forgotten[members])
+
+
+def training_chain(
+    ledger: Ledger,
+    positions: NDArray[np.int64],
+    charging: ChargingRule | None = None,
+    *,
+    first: int = 0,
+    stop: int | None = None,
+) -> TrainingChain:
+    """Read steps ``first`` to ``stop`` (all when None) of ``ledger`` for the instances at ``positions`` (f,).
+
+    charging: None for the rule of the run, or WorstCase() for the clip norm. Raises GuaranteeError PIA012
+    when the thresholds are not certified, PIA011 when a recorded contribution contradicts them, LedgerError
+    for damage.
+    """
+    reading = _Reading(ledger.num_instances, np.asarray(positions, dtype=np.int64), charging)
+    end = ledger.num_steps if stop is None else stop
+    for event in _until(ledger.events(), end):
+        reading.take(event, count=reading.steps >= first)
+    return reading.chain()
+
+
+def _until(events: Iterator[Event], steps: int) -> Iterator[Event]:
+    """Events up to and including step number ``steps``; nothing that was recorded after it."""
+    seen = 0
+    for event in events:
+        if seen >= steps:
+            return
+        seen += isinstance(event, Step)
+        yield event
+
+
+class _Reading:
+    """State while the events go by."""
+
+    def __init__(
+        self, num_instances: int, positions: NDArray[np.int64], charging: ChargingRule | None
+    ) -> None:
+        self.num_instances, self.positions, self.charging = num_instances, positions, charging
+        self.phase: Phase | None = None
+        self.last_training: Phase | None = None
+        self.values: Array | None = None
+        self.from_sweep = False
+        self.forgotten = np.zeros(num_instances, dtype=np.bool_)
+        self.requests: list[tuple[int, NDArray[np.bool_]]] = []
+        self.steps = self.abandoned = 0
+        self.open_span = False
+        self.counts: list[int] = []
+        self.rows: list[tuple[Mechanism, Array, float, bool]] = []
+        self.limit: Array = np.zeros(0)
+
+    def take(self, event: Event, *, count: bool) -> None:
+        """Dispatch one event; a step is only added to a span if ``count``."""
+        if isinstance(event, Step):
+            self._step(event, count)
+            return
+        self.open_span = False
+        if isinstance(event, Phase):
+            self.phase = event
+        elif isinstance(event, Thresholds):
+            self._thresholds(event)
+        else:
+            self._resume(event)
+
+    def _thresholds(self, event: Thresholds) -> None:
+        values = event.values.astype(np.float64)
+        if event.source == "forget":
+            before = values >= 0 if self.values is None else self.values > 0
+            newly = (values == 0) & before & ~self.forgotten
+            self.requests.append((self.steps, newly))
+            self.forgotten |= newly
+        else:
+            self.from_sweep = event.source == "sweep"
+        self.values = values
+
+    def _resume(self, event: Resume) -> None:
+        self.abandoned += self.steps - event.at_step
+        # A request stated after the checkpoint was stated for the branch that is left behind.
+        while self.requests and self.requests[-1][0] >= event.at_step and self.steps > event.at_step:
+            self.forgotten &= ~self.requests.pop()[1]
+
+    def _step(self, step: Step, count: bool) -> None:
+        self.steps += 1
+        if not count:
+            return
+        if not self.open_span:
+            self._open()
+        self.counts[-1] += 1
+        self._check_contributions(step)
+
+    def _open(self) -> None:
+        phase = self.phase
+        if phase is None:
+            raise GuaranteeError(
+                "PIA011",
+                "the ledger holds a step before any mechanism",
+                "Its noise is unknown, so nothing can be promised",
+                "record the Phase before the first Step",
+            )
+        if phase.kind == "train":
+            self.last_training = phase
+        self.limit = self._charged(phase)
+        positive = (
+            np.inf if self.values is None else np.min(self.values, where=self.values > 0, initial=np.inf)
+        )
+        smallest = min(float(positive) * _FLOAT32, phase.max_grad_norm)
+        self.rows.append(
+            (Mechanism.of(phase), self.limit, smallest, self.from_sweep and self.values is not None)
+        )
+        self.counts.append(0)
+        self.open_span = True
+
+    def _charged(self, phase: Phase) -> Array:
+        """(f,) certified bounds on the contributions."""
+        rule = self.charging.name if self.charging is not None else phase.charging
+        if rule not in CERTIFIED_RULES:
+            raise GuaranteeError(
+                "PIA012",
+                f"the run charges instances by {rule!r}, whose sums are not certified",
+                "A number of steps computed from a realised loss promises nothing, and itself leaks it",
+                "plan(ledger, ids=ids, ..., charging=WorstCase())",
+            )
+        bound = np.full(len(self.positions), phase.max_grad_norm)
+        if rule == FixedThresholds.name:
+            bound = np.minimum(bound, self._enforced(phase)[self.positions])
+        return np.where(self.forgotten[self.positions], 0.0, bound)
+
+    def _enforced(self, phase: Phase) -> Array:
+        if phase.charging != FixedThresholds.name or self.values is None or self.from_sweep:
+            raise GuaranteeError(
+                "PIA013",
+                f"fixed thresholds were asked for, but a step was trained with {phase.charging!r}",
+                "Nobody was clipped at thresholds fixed before training, so they bound nothing",
+                "plan(ledger, ids=ids, ..., charging=WorstCase())",
+            )
+        return self.values
+
+    def _check_contributions(self, step: Step) -> None:
+        drawn = np.isin(step.positions, self.positions)
+        if not drawn.any():
+            return
+        order = np.argsort(self.positions)
+        member = order[np.searchsorted(self.positions, step.positions[drawn], sorter=order)]
+        over = step.contributions[drawn] > self.limit[member] * (1 + 1e-6)
+        if over.any():
+            raise GuaranteeError(
+                "PIA011",
+                f"step {self.steps - 1} records {int(over.sum())} contributions above their threshold",
+                "Clipping failed or an instance entered one release twice, so no bound of this run holds",
+                "train again with the loader and the optimizer returned by make_private",
+            )
+
+    def chain(self) -> TrainingChain:
+        """The record of what was read."""
+        members = len(self.positions)
+        mechanisms, limits, smallest, sweep = zip(*self.rows, strict=True) if self.rows else ((), (), (), ())
+        return TrainingChain(
+            counts=np.array(self.counts, dtype=np.int64),
+            mechanisms=tuple(mechanisms),
+            thresholds=np.array(limits, dtype=np.float64).reshape(len(self.rows), members),
+            forgotten=self.forgotten[self.positions],
+            smallest_threshold=np.array(smallest, dtype=np.float64),
+            thresholds_from_sweep=np.array(sweep, dtype=np.bool_),
+            abandoned_steps=self.abandoned,
+            num_instances=self.num_instances,
+            last_training=None if self.last_training is None else Mechanism.of(self.last_training),
+        )

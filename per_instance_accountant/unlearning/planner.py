@@ -1,0 +1,202 @@
+"""From a deletion request to the least number of noisy steps."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from per_instance_accountant.accounting import Basis, ChargingRule
+from per_instance_accountant.errors import PlanError
+from per_instance_accountant.ledger import Ledger
+from per_instance_accountant.unlearning.applicable import Facts, NotApplicable, applicable, contraction_of
+from per_instance_accountant.unlearning.assumptions import Assumptions
+from per_instance_accountant.unlearning.bounds.interface import MAX_STEPS, REFERENCE, Measure, require
+from per_instance_accountant.unlearning.canonical import ACCOUNTING_VERSION, software_versions
+from per_instance_accountant.unlearning.chain import TrainingChain, training_chain
+from per_instance_accountant.unlearning.plan_file import InstanceSteps, UnlearningPlan
+
+
+def plan(
+    ledger: Ledger | str | os.PathLike[str],
+    ids: Iterable[int | str] | NDArray[Any],
+    target_epsilon: float,
+    *,
+    order: float | None = None,
+    target_delta: float | None = None,
+    assumptions: Assumptions | Mapping[str, Any] | None = None,
+    charging: ChargingRule | None = None,
+    direction: str = "both",
+    max_steps: int | None = None,
+) -> UnlearningPlan:
+    """Least number K of noisy steps without the forget set, so that the result is close to retraining without
+    it.
+
+    ids: the deletion request. Give one of order (Renyi divergence <= target_epsilon nats) and target_delta.
+    assumptions: :class:`Assumptions`, a mapping, or None for those of the run. charging: None for the rule of
+    the run, or WorstCase(). direction: ``"both"``, or ``"remove"`` for D(trained || retrained) only. Every
+    applicable bound is evaluated; the one with the least K decides. An unreachable target is a plan with
+    ``reachable=False``, not an error.
+
+    Raises PlanError PIA032 (unknown, repeated, never trained, all or no instances) and PIA031 (assumptions),
+    UsageError PIA070 (target, order, delta), GuaranteeError PIA012 (the run is not certified), LedgerError.
+    Sources of the bounds: docs/math/unlearning_bounds.md.
+
+    >>> from per_instance_accountant.ledger import LedgerWriter
+    >>> from per_instance_accountant.ledger.records import Phase, Run, Step
+    >>> from per_instance_accountant.unlearning import softmax_regression
+    >>> writer = LedgerWriter.create(None, Run(num_instances=100))
+    >>> writer.append(Phase(kind="train", sampling="poisson", sample_rate=0.1, noise_std=4.0,
+    ...     max_grad_norm=1.5, charging="worst_case", denominator=10.0, learning_rate=0.1, weight_decay=0.1))
+    >>> for _ in range(300):
+    ...     writer.append(Step(positions=np.empty(0, np.int64), contributions=np.empty(0, np.float32)))
+    >>> known = softmax_regression(feature_norm=1.0, num_instances=100, denominator=10.0)
+    >>> found = plan(writer.ledger(), ids=[7], target_epsilon=0.05, order=8, assumptions=known)
+    >>> found.steps, found.bound, found.value <= 0.05
+    (155, 'R4 subsampled', True)
+    """
+    ledger = Ledger.open(ledger)
+    measure = Measure(order=order, delta=target_delta)
+    require(0 < target_epsilon < math.inf, "target_epsilon", target_epsilon, "(0, inf)")
+    require(direction in ("both", "remove"), "direction", direction, "('both', 'remove')")
+    limit = MAX_STEPS if max_steps is None else max_steps
+    require(limit >= 0 and limit == int(limit), "max_steps", max_steps, "[0, inf)")
+    known = _assumptions(assumptions, ledger)
+    positions = _requested(ledger, ids)
+    chain = training_chain(ledger, positions, charging)
+    _refuse_untrained(chain)
+    question = _Question(target=float(target_epsilon), direction=direction, limit=int(limit))
+    mechanism = chain.last_training or chain.mechanisms[-1]
+    facts = Facts(chain=chain, assumptions=known, measure=measure, mechanism=mechanism)
+    group = _solve(facts, question)
+    rows = _per_instance(facts, question, group, ledger.ids[positions].tolist())
+    return UnlearningPlan(
+        ids=tuple(row.id for row in rows),
+        steps=group.steps,
+        reachable=group.steps is not None,
+        value=group.value,
+        bound=group.bound,
+        deciding_id=_deciding(rows, chain),
+        per_instance=rows,
+        training_steps=chain.num_steps,
+        cost_ratio=None if group.steps is None else group.steps / chain.num_steps,
+        target=float(target_epsilon),
+        measure=measure,
+        direction=direction,
+        reference=REFERENCE,
+        basis=Basis.CERTIFIED.value,
+        charging=None if charging is None else charging.name,
+        mechanism=mechanism,
+        contraction=_finite(contraction_of(facts)),
+        assumptions=known.to_dict(),
+        not_applicable=group.refused,
+        anchor=ledger.anchor,
+        accounting_version=ACCOUNTING_VERSION,
+        software=software_versions(),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Question:
+    target: float
+    direction: str
+    limit: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Answer:
+    steps: int | None
+    value: float
+    bound: str
+    refused: tuple[NotApplicable, ...]
+
+
+def _solve(facts: Facts, question: _Question) -> _Answer:
+    """Least K over all applicable bounds, and the smallest value any of them gives at that K."""
+    bounds, refused = applicable(facts, question.direction)
+    least: float = math.inf
+    for bound in bounds:
+        within = question.limit if math.isinf(least) else int(least)
+        least = min(least, bound.steps(question.target, within))
+    at = question.limit if math.isinf(least) else int(least)
+    values = [bound.value(at) for bound in bounds]
+    best = int(np.argmin(values))
+    return _Answer(
+        steps=None if math.isinf(least) else int(least),
+        value=values[best],
+        bound=bounds[best].name,
+        refused=refused,
+    )
+
+
+def _per_instance(
+    facts: Facts, question: _Question, group: _Answer, ids: list[int | str]
+) -> tuple[InstanceSteps, ...]:
+    """Every member alone; members with the same thresholds at every step share one computation."""
+    if len(ids) == 1:
+        return (InstanceSteps(id=ids[0], steps=group.steps, value=group.value, bound=group.bound),)
+    _, first, kind = np.unique(facts.chain.thresholds, axis=1, return_index=True, return_inverse=True)
+    answers = [
+        _solve(
+            Facts(
+                chain=facts.chain.only(np.array([member])),
+                assumptions=facts.assumptions,
+                measure=facts.measure,
+                mechanism=facts.mechanism,
+            ),
+            question,
+        )
+        for member in first.tolist()
+    ]
+    own = [answers[k] for k in kind.ravel().tolist()]
+    return tuple(
+        InstanceSteps(id=i, steps=a.steps, value=a.value, bound=a.bound)
+        for i, a in zip(ids, own, strict=True)
+    )
+
+
+def _deciding(rows: tuple[InstanceSteps, ...], chain: TrainingChain) -> int | str:
+    """The instance whose own K is largest; ties: the largest threshold, then the first of the request."""
+    steps = np.array([math.inf if row.steps is None else row.steps for row in rows])
+    return rows[int(np.lexsort((-chain.thresholds.max(axis=0), -steps))[0])].id
+
+
+def _assumptions(given: Assumptions | Mapping[str, Any] | None, ledger: Ledger) -> Assumptions:
+    if isinstance(given, Assumptions):
+        return given
+    if given is not None:
+        return Assumptions.from_dict(given)
+    return Assumptions.from_dict(ledger.run.assumptions or {}, source="run")
+
+
+def _requested(ledger: Ledger, ids: Iterable[int | str] | NDArray[Any]) -> NDArray[np.int64]:
+    wanted = ids if isinstance(ids, np.ndarray) else list(ids)
+    positions = ledger.positions_of(wanted)
+    if positions.size == 0:
+        raise _refused("the request names no instance", "plan(ledger, ids=[17], ...)")
+    if positions.size >= ledger.num_instances:
+        raise _refused("the request names every instance", "retrain: nothing is left to fine-tune on")
+    return positions
+
+
+def _refuse_untrained(chain: TrainingChain) -> None:
+    if chain.num_steps == 0:
+        raise _refused(
+            "the ledger holds no training step", "train first: the model has seen none of the instances"
+        )
+    gone = int(chain.forgotten.sum())
+    if gone:
+        raise _refused(f"{gone} of the requested instances were forgotten before", "request the others only")
+
+
+def _refused(happened: str, fix: str) -> PlanError:
+    return PlanError("PIA032", happened, "There is nothing to unlearn, or nothing to unlearn with", fix)
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
