@@ -2,7 +2,8 @@
 
 Every step is charged to every instance, drawn or not, at the bound ``c`` that its charging rule gives:
 ``D_alpha(sample_rate, c / noise_std)`` of the Poisson-sampled Gaussian (``docs/math/individual_loss.md``).
-The value between two nodes of the sensitivity grid is read off the chord, which lies above the curve because the
+The value between two nodes of the sensitivity grid is read off the chord, which lies above the curve because
+the
 Renyi divergence of one step is convex in the squared sensitivity.
 """
 
@@ -10,7 +11,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,7 +45,8 @@ _ROUNDING = 1 + 1e-12
 
 
 class _Fold:
-    """Running totals while the events of a ledger go by. ``bound`` is what each instance is charged from step ``since`` on."""
+    """Running totals while the events of a ledger go by. ``bound`` is what each instance is charged from
+    step ``since`` on."""
 
     def __init__(self, num_instances: int, orders: Array, charging: str | None) -> None:
         self.rule_override, self.orders = charging, orders
@@ -65,7 +68,7 @@ class _Fold:
 
     def take(self, event: Event) -> None:
         """Dispatch one event."""
-        self._TAKE[type(event)](self, event)
+        _TAKE[type(event)](self, event)
 
     def _take_phase(self, phase: Phase) -> None:
         self.settle_all()
@@ -92,9 +95,7 @@ class _Fold:
         self.step += 1
 
     def _take_resume(self, resume: Resume) -> None:
-        """Steps of an abandoned branch stay charged: nothing to undo."""
-
-    _TAKE = {Phase: _take_phase, Thresholds: _take_thresholds, Step: _take_step, Resume: _take_resume}
+        """Steps of an abandoned branch stay charged; the ledger has what binds the new one stated again."""
 
     @property
     def rule(self) -> str:
@@ -122,7 +123,8 @@ class _Fold:
         self.bound[self.forgotten] = 0.0
 
     def _losses(self, nodes: NDArray[np.int64]) -> Array:
-        """(len(nodes), orders) losses of one step at grid nodes; each node of a mechanism is computed once."""
+        """(len(nodes), orders) losses of one step at grid nodes; each node of a mechanism is computed
+        once."""
         phase = self.mechanism
         key = (phase.amplification_rate, _ratio(phase))
         if key not in self.tables:
@@ -172,7 +174,8 @@ class _Fold:
         self.since[positions] = self.step
 
     def _charge_drawn(self, step: Step) -> None:
-        """Gaussian loss of the drawn, nothing for the others, no amplification (``alpha c^2 / (2 std^2)``)."""
+        """Gaussian loss of the drawn, nothing for the others, no amplification (``alpha c^2 / (2
+        std^2)``)."""
         phase = self.mechanism
         squared = (np.nextafter(step.contributions.astype(np.float64), np.inf) / phase.noise_std) ** 2
         self.rdp[step.positions] += squared[:, None] * (self.orders / 2)
@@ -180,9 +183,11 @@ class _Fold:
             self.squared_mu[step.positions] += squared
 
     def _charge_repeats(self, step: Step) -> None:
-        """A non-Poisson loader may put an instance into one release m times: its contribution is then up to m clip norms.
+        """A non-Poisson loader may put an instance into one release m times: its contribution is then up to
+        m clip norms.
 
-        The batch order of such a loader is public, so m is; the whole release is charged at m clip norms on top.
+        The batch order of such a loader is public, so m is; the whole release is charged at m clip norms on
+        top.
         """
         phase = self.mechanism
         repeats = math.ceil(step.contributions.max(initial=0.0) / phase.max_grad_norm - 1e-6)
@@ -192,7 +197,7 @@ class _Fold:
             raise GuaranteeError(
                 "PIA011",
                 f"step {self.step} records a contribution above the clip norm under Poisson sampling",
-                "Either clipping failed or an instance was drawn twice, so no individual number of this run holds",
+                "Clipping failed or an instance was drawn twice, so no individual number of this run holds",
                 "train again with the loader and the optimizer returned by make_private",
             )
         ratios = np.array([repeats, 1]) * _ratio(phase)
@@ -202,6 +207,14 @@ class _Fold:
         if self.rule != "unamplified":
             self.rdp += extra
             self.squared_mu = None
+
+
+_TAKE: dict[type[Event], Callable[[_Fold, Any], None]] = {
+    Phase: _Fold._take_phase,
+    Thresholds: _Fold._take_thresholds,
+    Step: _Fold._take_step,
+    Resume: _Fold._take_resume,
+}
 
 
 def _ratio(phase: Phase) -> float:
@@ -260,11 +273,14 @@ def account(
     ledger: an open Ledger or the path of one. charging: a rule, or None for the rule(s) of the run itself.
     orders: (m,) Renyi orders above 1, or None for ``divergence.DEFAULT_ORDERS``.
 
-    Returns an :class:`IndividualLoss` whose ``rdp`` (N, m) are upper bounds in nats, with the basis on which they
-    stand. Raises UsageError PIA070 for orders at most 1, GuaranteeError PIA013 for a rule that the run did not
+    Returns an :class:`IndividualLoss` whose ``rdp`` (N, m) are upper bounds in nats, with the basis on which
+    they
+    stand. Raises UsageError PIA070 for orders at most 1, GuaranteeError PIA013 for a rule that the run did
+    not
     enforce, LedgerError for a ledger that is missing or damaged.
 
-    Source of the step formula: Mironov, Talwar and Zhang 2019 with the instance's own bound as sensitivity; chord and
+    Source of the step formula: Mironov, Talwar and Zhang 2019 with the instance's own bound as sensitivity;
+    chord and
     composition are derived in ``docs/math/individual_loss.md``.
 
     >>> from per_instance_accountant.accounting import FixedThresholds
@@ -272,7 +288,8 @@ def account(
     >>> from per_instance_accountant.ledger import LedgerWriter
     >>> import numpy as np
     >>> writer = LedgerWriter.create(None, Run(num_instances=2))
-    >>> writer.append(Phase(kind="train", sampling="poisson", sample_rate=0.01, noise_std=1.0, max_grad_norm=1.0,
+    >>> writer.append(Phase(
+    ...     kind="train", sampling="poisson", sample_rate=0.01, noise_std=1.0, max_grad_norm=1.0,
     ...     charging="fixed_thresholds", denominator=10.0, learning_rate=0.1))
     >>> writer.append(Thresholds(values=np.array([0.25, 1.0], dtype=np.float32), source="fixed"))
     >>> nobody = Step(positions=np.empty(0, np.int64), contributions=np.empty(0, np.float32))

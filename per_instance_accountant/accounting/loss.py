@@ -33,12 +33,11 @@ class IndividualLoss:
     digest: str
 
     def epsilon(self, delta: float) -> NDArray[np.float64]:
-        """(N,) upper bounds on epsilon at ``delta``, on the loss's basis (Canonne, Kamath and Steinke 2020, Prop. 12;
+        """(N,) upper bounds on epsilon at ``delta``, on the loss's basis (Canonne, Kamath and Steinke 2020,
+        Prop. 12;
         exact for steps without amplification)."""
-        converted = np.atleast_1d(rdp_to_epsilon(self.orders, self.rdp, delta))
-        if self.mu is None:
-            return converted
-        return np.minimum(converted, np.atleast_1d(gaussian_epsilon(self.mu, delta)))
+        epsilon: NDArray[np.float64] = np.atleast_1d(rdp_to_epsilon(self.orders, self.rdp, delta))
+        return epsilon if self.mu is None else np.minimum(epsilon, gaussian_epsilon(self.mu, delta))
 
     def worst_case_epsilon(self, delta: float) -> float:
         """Upper bound on epsilon at ``delta`` for every instance, whatever its data."""

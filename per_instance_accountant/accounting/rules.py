@@ -1,4 +1,5 @@
-"""Charging rules: where the bound on one instance's contribution at one step comes from, and what the sum then means."""
+"""Charging rules: where the bound on one instance's contribution at one step comes from, and what the sum
+then means."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ class WorstCase:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class FixedThresholds:
-    """Instance i is clipped at ``min(thresholds[i], max_grad_norm)``, chosen before training from x_i and public things.
+    """Instance i is clipped at ``min(thresholds[i], max_grad_norm)``, chosen before training from x_i and
+    public things.
 
     thresholds: (N,) non-negative finite numbers, in dataset order. Needed for training; when reading a ledger
     ``FixedThresholds()`` means the thresholds that the ledger recorded as enforced.
@@ -78,7 +80,8 @@ class FixedThresholds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sweep:
-    """At public steps 0, every, 2*every, ... all norms are measured; until the next sweep instance i is clipped at
+    """At public steps 0, every, 2*every, ... all norms are measured; until the next sweep instance i is
+    clipped at
     ``min(max_grad_norm, slack * norm_i)``.
 
     every: steps between sweeps, at least 1. slack: at least 1; larger changes training less and charges more.
@@ -110,7 +113,8 @@ class Sweep:
 class Unamplified:
     """0 when not drawn, the observed contribution when drawn, no amplification by sampling.
 
-    The right rule for shuffled, cyclic and other non-Poisson loaders: it holds whatever the public batch order.
+    The right rule for shuffled, cyclic and other non-Poisson loaders: it holds whatever the public batch
+    order.
     """
 
     name: ClassVar[str] = "unamplified"

@@ -21,7 +21,8 @@ def audit(
 ) -> BudgetAudit:
     """Individual (epsilon, delta) of every instance, the worst case, and what they mean.
 
-    ledger: an open Ledger or the path of one. delta: in (0, 1). charging: a rule, or None for that of the run.
+    ledger: an open Ledger or the path of one. delta: in (0, 1). charging: a rule, or None for that of the
+    run.
     Every epsilon is an upper bound on the basis that the result names. Raises what
     :func:`per_instance_accountant.account` raises, and UsageError PIA070 for a delta outside (0, 1).
     """

@@ -25,10 +25,12 @@ _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class BudgetAudit:
-    """Individual budgets. Every epsilon is an upper bound on ``basis``; all values are as private as the data.
+    """Individual budgets. Every epsilon is an upper bound on ``basis``; all values are as private as the
+    data.
 
     epsilon: (N,). ids: (N,) business ids. worst_case: epsilon that holds for everybody whatever their data
-    (CERTIFIED). groups: name -> (N,) labels. num_abandoned_steps: charged steps of branches that were not continued.
+    (CERTIFIED). groups: name -> (N,) labels. num_abandoned_steps: charged steps of branches that were not
+    continued.
     """
 
     epsilon: NDArray[np.float64]
@@ -137,7 +139,8 @@ class BudgetAudit:
         return pa.table(columns | {f"group_{name}": pa.array(labels) for name, labels in self.groups.items()})
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write :meth:`to_arrow` as an owner-only CSV file; text cells that a spreadsheet would run are quoted."""
+        """Write :meth:`to_arrow` as an owner-only CSV file; text cells that a spreadsheet would run are
+        quoted."""
         table = self.to_arrow()
         descriptor = os.open(Path(path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "w", newline="", encoding="utf-8") as stream:
@@ -149,8 +152,9 @@ class BudgetAudit:
     def __repr__(self) -> str:
         low, middle, high = self.quantiles([0.1, 0.5, 0.9])
         return (
-            f"BudgetAudit({len(self.ids)} instances, {self.num_steps} steps, delta={self.delta:g}: worst case "
-            f"{self.worst_case:.3f} (CERTIFIED); p10 {low:.3f}, median {middle:.3f}, p90 {high:.3f} ({self.basis}))"
+            f"BudgetAudit({len(self.ids)} instances, {self.num_steps} steps, delta={self.delta:g}: "
+            f"worst case {self.worst_case:.3f} (CERTIFIED); "
+            f"p10 {low:.3f}, median {middle:.3f}, p90 {high:.3f} ({self.basis}))"
         )
 
 

@@ -1,4 +1,5 @@
-"""The statement: unit, adjacency, sampling, what is released, what is not covered, what each number rests on."""
+"""The statement: unit, adjacency, sampling, what is released, what is not covered, what each number rests
+on."""
 
 from __future__ import annotations
 
@@ -11,12 +12,12 @@ if TYPE_CHECKING:
 
 _MEANING = {
     Basis.CERTIFIED: (
-        "CERTIFIED: with and without this instance, the law of everything released differs by at most this much, "
-        "in both directions. The bound was enforced at every step and known before the run."
+        "CERTIFIED: with and without this instance, the law of everything released differs by at most "
+        "this much, in both directions. The bound was enforced at every step and known before the run."
     ),
     Basis.OUTPUT_SPECIFIC: (
-        "OUTPUT_SPECIFIC: the loss that this run realised. It is a statement about the set of runs whose accumulated "
-        "loss stays under a budget fixed in advance, not a bound that was known before the run."
+        "OUTPUT_SPECIFIC: the loss that this run realised. It is a statement about the set of runs whose "
+        "accumulated loss stays under a budget fixed in advance, not a bound known before the run."
     ),
     Basis.ESTIMATE: (
         "ESTIMATE: a score that ranks instances. It bounds nothing, and no certificate can be built on it."
@@ -29,19 +30,17 @@ def statement_text(audit: BudgetAudit) -> str:
     sampling = sorted({_sampling(p.sampling, p.sample_rate) for p in audit.phases})
     lines = [
         "Unit of privacy: one training row. Groups of rows need a group bound, never a sum of epsilons.",
-        "Adjacency: the row's contribution is replaced by zero; normalisers and sampling rates stay as they are.",
+        "Adjacency: the row's contribution is replaced by zero; normalisers and sampling rates stay.",
         f"Sampling: {'; '.join(sampling) or 'no step was taken'}.",
-        f"Released: all {audit.num_steps} noisy parameter updates, hence every checkpoint and the final model.",
+        f"Released: all {audit.num_steps} noisy updates, hence every checkpoint and the final model.",
         "Not covered: hyperparameter search, later use of the data, floating-point and timing side channels.",
-        f"The worst case, epsilon {audit.worst_case:.4g} at delta {audit.delta:g}, is CERTIFIED for every row.",
+        f"The worst case, epsilon {audit.worst_case:.4g} at delta {audit.delta:g}, is CERTIFIED for all.",
         f"Individual values rest on {'+'.join(audit.charging)}. {_MEANING[audit.basis]}",
         "Individual values depend on the data. Treat them like the training data.",
     ]
     if audit.num_abandoned_steps:
-        lines.insert(
-            4,
-            f"{audit.num_abandoned_steps} of the steps were repeated after a checkpoint was loaded; both are charged.",
-        )
+        repeated = f"{audit.num_abandoned_steps} of the steps were repeated after a checkpoint was loaded"
+        lines.insert(4, f"{repeated}; both are charged.")
     return "\n".join(lines)
 
 

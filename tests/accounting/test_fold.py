@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -142,7 +144,7 @@ def test_law_catches_charging_only_the_drawn(monkeypatch: pytest.MonkeyPatch) ->
         original(self, event)
         self.since[absent] = self.step
 
-    monkeypatch.setitem(fold._Fold._TAKE, Step, only_drawn)
+    monkeypatch.setitem(fold._TAKE, Step, only_drawn)
     with pytest.raises(AssertionError, match="less than it owes"):
         assert_sound_and_tight([phase(), *HISTORY[1:]], "sweep")
 
@@ -206,6 +208,19 @@ def test_a_forgotten_instance_owes_nothing_more_under_any_rule(rule: object) -> 
     now = account(write([*before, *after, *[step([], [])] * 4]), charging=rule).rdp  # type: ignore[arg-type]
     np.testing.assert_array_equal(now[0], paid[0])
     assert (now[1:] > paid[1:]).all()
+
+
+def test_steps_of_an_abandoned_branch_stay_charged(tmp_path: Path) -> None:
+    mechanism = phase(charging="worst_case")
+    with LedgerWriter.create(tmp_path / "run", Run(num_instances=N)) as writer:
+        writer.append(mechanism)
+        writer.append(step([], []))
+        anchor = writer.anchor
+        writer.append(step([], []))
+    once = account(tmp_path / "run", orders=[2]).rdp[0, 0] / 2
+    with LedgerWriter.resume(tmp_path / "run", anchor) as writer:
+        writer.append(step([0], [0.8]))
+    assert account(tmp_path / "run", orders=[2]).rdp[:, 0] == pytest.approx(np.full(N, 3 * once))
 
 
 def test_full_batch_epsilon_is_the_exact_gaussian_value() -> None:

@@ -69,7 +69,7 @@ def test_groups_partition_the_instances(result: BudgetAudit) -> None:
     assert sum(row["instances"] for row in rows) == N
     assert max(row["max"] for row in rows) == result.epsilon.max()
     for row in rows:
-        members = result.epsilon[LABELS == row["group"]]
+        members = result.epsilon[row["group"] == LABELS]
         assert row["median"] in members and np.mean(members <= row["median"]) >= 0.5
     with pytest.raises(UsageError, match="PIA071"):
         result.by_group("nothing")
