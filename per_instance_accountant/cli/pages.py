@@ -45,7 +45,7 @@ def audit_page(
         head=head,
         tables=[Table.of(table) for table in (rows, individuals, groups) if table],
         document=document | {"statement": result.statement().splitlines()},
-        notes=[*result.statement().splitlines(), SENSITIVE],
+        notes=result.statement().splitlines(),
     )
 
 
@@ -61,7 +61,7 @@ def plan_page(made: UnlearningPlan) -> Page:
         head = [
             f"Plan: {made.steps} noisy fine-tuning steps without the {len(made.ids)} requested instances",
             f"After them: {claim}",
-            f"Training took {made.training_steps} steps",
+            f"Training took {made.training_steps} steps; ratio {rounded_up(made.cost_ratio or 0.0)}",
         ]
     else:
         head = [f"Plan: unreachable for the {len(made.ids)} requested instances", f"Best reached: {claim}"]

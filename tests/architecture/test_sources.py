@@ -51,7 +51,8 @@ def no_unpickling(source: str) -> list[str]:
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
             continue
         called = ast.unparse(node.func)
-        safe = any(word.arg == "weights_only" and ast.unparse(word.value) == "True" for word in node.keywords)
+        words = [ast.unparse(word) for word in node.keywords]
+        safe = any(word == "weights_only=True" or word.endswith("'weights_only': True}") for word in words)
         if called in UNPICKLERS or (called == "torch.load" and not safe):
             found.append(f"{called} at line {node.lineno}")
     return found

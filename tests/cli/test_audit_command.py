@@ -20,6 +20,8 @@ from per_instance_accountant.cli.pages import budget_verdict
 from per_instance_accountant.cli.printing import SENSITIVE
 from tests.cli.conftest import IDS, NUM_INSTANCES, Pia
 
+TREAT = "Treat them like the training data"
+
 
 def test_json_is_one_object_with_the_rooms_numbers(pia: Pia, ledger: Path) -> None:
     result = audit(ledger, 1e-6)
@@ -41,7 +43,7 @@ def test_csv_lists_every_instance_exactly_and_inertly(pia: Pia, ledger: Path) ->
     assert sorted(row["id"].removeprefix("'") for row in rows) == sorted(IDS.tolist())
     assert not any(row["id"].startswith(("=", "+", "-", "@", "\t")) for row in rows)
     assert {row["basis"] for row in rows} == {"CERTIFIED"}
-    assert SENSITIVE in done.err
+    assert TREAT in done.err
 
 
 def test_csv_of_groups(pia: Pia, ledger: Path) -> None:
@@ -52,7 +54,7 @@ def test_csv_of_groups(pia: Pia, ledger: Path) -> None:
 
 def test_table_labels_every_number_and_says_it_is_sensitive(pia: Pia, ledger: Path) -> None:
     out = pia("audit", ledger, "--top", "4", "--charging", "last-seen").out
-    assert SENSITIVE in out
+    assert TREAT in out
     assert sum(line.endswith("ESTIMATE") for line in out.splitlines()) == 4 + 7
     assert sum(line.endswith("CERTIFIED") for line in out.splitlines()) == 1
 
