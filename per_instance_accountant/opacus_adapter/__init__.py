@@ -1,7 +1,17 @@
-"""Hands on Opacus: the drop-in engine, the loader that knows its instances, individual clipping, norm sweeps."""
+"""Hands on Opacus: drop-in engine, loaders that know their instances, individual clipping, norm sweeps,
+SGLD."""
 
+from per_instance_accountant.opacus_adapter.accountant import PerInstanceAccountant
 from per_instance_accountant.opacus_adapter.capture import Tracker
 from per_instance_accountant.opacus_adapter.engine import PrivacyEngine, attach
+from per_instance_accountant.opacus_adapter.sgld import sgld_configuration
 from per_instance_accountant.opacus_adapter.sweeps import sweep_norms
 
-__all__ = ["PrivacyEngine", "Tracker", "attach", "sweep_norms"]
+__all__ = [
+    "PerInstanceAccountant",
+    "PrivacyEngine",
+    "Tracker",
+    "attach",
+    "sgld_configuration",
+    "sweep_norms",
+]

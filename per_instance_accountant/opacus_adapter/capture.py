@@ -1,153 +1,61 @@
-"""The tracker: knows which instances the next step uses, checks that the loop keeps to it, writes the facts."""
+"""The tracker: knows which instances the next step uses and checks that the training loop keeps to it."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from opacus.optimizers import DPOptimizer
 
-from per_instance_accountant.accounting.rules import ChargingRule, Sweep
-from per_instance_accountant.errors import AlignmentError, GuaranteeError, LedgerError, UnsupportedError
-from per_instance_accountant.ledger import Anchor, Ledger, LedgerWriter
-from per_instance_accountant.ledger.records import Phase, Resume, Run, Step, Thresholds
-from per_instance_accountant.opacus_adapter.clipping import clip_factors, round_up
-from per_instance_accountant.opacus_adapter.loader import Part
+from per_instance_accountant.errors import AlignmentError, GuaranteeError, UnsupportedError
+from per_instance_accountant.ledger import Ledger
+from per_instance_accountant.opacus_adapter.clipping import clip_factors
+from per_instance_accountant.opacus_adapter.loader import Delivery
+from per_instance_accountant.opacus_adapter.recording import Observation, Recorder
 
-SAFE_LOOP = (
-    "one zero_grad, one forward, one backward and one optimizer.step() for each batch of the returned loader"
-)
+SAFE_LOOP = "zero_grad, one forward, one backward, one optimizer.step() for each batch of the returned loader"
 SWEEP_BATCH = 256
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
-    """What is fixed for a tracker: how batches are drawn, and how the steps are to be described and charged."""
-
-    charging: ChargingRule
-    sampling: str
-    sample_rate: float
-    grad_sample_mode: str
-    kind: str = "train"
-    plan_digest: str | None = None
-    positions: NDArray[np.int64] | None = None
-    """Row of the loader's dataset -> dataset position of the run; None when they are the same."""
-
-
-@dataclass(slots=True, eq=False)
-class _Batch:
-    """The batch in the user's hands."""
-
-    positions: NDArray[np.int64]
-    part: Part
-    loop: int
-    content: Any
-
-
 class Tracker:
-    """State of one tracked optimizer. Made by :func:`attach`; read :attr:`ledger`, call :meth:`abandon`."""
+    """State of one tracked optimizer. Made by :func:`attach`; read :attr:`ledger`, call :meth:`abandon`.
 
-    def __init__(
-        self,
-        *,
-        optimizer: DPOptimizer,
-        module: torch.nn.Module,
-        run: Run,
-        ledger: str | Path | LedgerWriter | None,
-        setting: Setting,
-        thresholds: NDArray[np.float32] | None = None,
-        sweep: Callable[[int], NDArray[np.float32]] | None = None,
-    ) -> None:
-        self.optimizer, self.module, self.run, self.setting = optimizer, module, run, setting
-        self.thresholds = thresholds
-        """(N,) thresholds in force, or None: everybody is clipped at max_grad_norm."""
-        self._sweep, self._until_sweep = sweep, 0
+    Every guard runs before anything is accumulated, written or released, and an error changes nothing.
+    """
+
+    def __init__(self, *, optimizer: DPOptimizer, module: torch.nn.Module, recorder: Recorder) -> None:
+        self.optimizer, self.module, self.recorder = optimizer, module, recorder
         self._hook = optimizer.step_hook
         self._check_rate(self._hook)
         self._loops = 0
-        self._phase: Phase | None = None
-        self._releasing = False
         self._open: tuple[int, int] | None = None
+        """Loop and number of the logical batch that the last batch belongs to."""
         self._skipped: tuple[int, int] | None = None
+        self._releasing = False
         self._forget()
-        self._path = None if isinstance(ledger, LedgerWriter) else ledger
-        self._writer: LedgerWriter | None = None
-        if isinstance(ledger, LedgerWriter):
-            self._adopt(ledger)
 
     def _forget(self) -> None:
-        self._batch: _Batch | None = None
+        self._batch: Delivery | None = None
         self._stale: Any = None
+        """Content of a batch that was replaced by a later one before it was used."""
         self._forwards = 0
         self._mechanism: tuple[float, float] | None = None
-        self._measured: tuple[NDArray[np.int64], NDArray[np.float32]] | None = None
-        self._pending: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = []
-
-    # ------------------------------------------------------------------------------------------------ ledger
-
-    @property
-    def writer(self) -> LedgerWriter:
-        """The writer, created at first use. Raises LedgerError PIA045 when the path holds a ledger already."""
-        writer = self._writer
-        if writer is None:
-            writer = LedgerWriter.create(self._path, self.run)
-            self._adopt(writer)
-        return writer
+        self._measured: Observation | None = None
+        self._pending: list[Observation] = []
 
     @property
     def ledger(self) -> Ledger:
         """What is written so far."""
-        return self.writer.ledger()
+        return self.recorder.writer.ledger()
 
-    def _adopt(self, writer: LedgerWriter) -> None:
-        ledger = writer.ledger()
-        if ledger.num_instances != self.run.num_instances:
-            raise LedgerError(
-                "PIA040",
-                f"the ledger is about {ledger.num_instances} instances, the data set has {self.run.num_instances}",
-                "Positions would name other instances than the ones that were trained on",
-                "load the data set that the ledger was written for, in the same order",
-            )
-        fixed, in_force = _recorded_thresholds(ledger)
-        if fixed is not None and self.thresholds is not None and not np.array_equal(fixed, self.thresholds):
-            raise LedgerError(
-                "PIA045",
-                "the thresholds given differ from the ones that the ledger recorded as fixed",
-                "Fixed thresholds are chosen before training; changing them later depends on what was released",
-                "pass the same FixedThresholds(thresholds=...) as at the start of the run",
-            )
-        if in_force is None and self.thresholds is not None:
-            writer.append(Thresholds(values=self.thresholds, source="fixed"))
-            in_force = self.thresholds
-        self.thresholds, self._writer, self._phase, self._until_sweep = in_force, writer, None, 0
-
-    def resume(self, anchor: Anchor) -> None:
-        """Continue the ledger from a checkpoint taken at ``anchor``; later steps of the ledger stay charged.
-
-        Raises LedgerError PIA040 when ledger and checkpoint do not belong together, AlignmentError PIA002 inside a
-        logical batch.
-        """
+    def close(self) -> None:
+        """Flush and end the ledger. Raises AlignmentError PIA002 inside a logical batch."""
         self.check_boundary()
-        current = self._writer
-        if current is not None and current.anchor == anchor:
-            return
-        if self._path is None:
-            raise LedgerError(
-                "PIA040",
-                f"the checkpoint was taken after {anchor.steps} steps of a ledger on disk, this one is in memory",
-                "The steps before the checkpoint would be missing from every loss",
-                'PrivacyEngine(ledger="runs/a") before training and when resuming',
-            )
-        if current is not None:
-            current.close()
-            self._writer = None
-        self._adopt(LedgerWriter.resume(self._path, anchor))
+        self.recorder.close()
 
     # ------------------------------------------------------------------------------------------------ loader
 
@@ -156,9 +64,9 @@ class Tracker:
         if optimizer is not self.optimizer:
             raise UnsupportedError(
                 "PIA060",
-                "BatchMemoryManager was given another optimizer than the one this loader was made private with",
+                "BatchMemoryManager was given an optimizer that does not belong to its loader",
                 "Steps of one optimizer would be recorded with batches of the other",
-                "BatchMemoryManager(data_loader=loader, optimizer=optimizer) with both from one make_private",
+                "BatchMemoryManager(data_loader=loader, optimizer=optimizer, ...), both from one call",
             )
 
     def check_boundary(self) -> None:
@@ -166,46 +74,42 @@ class Tracker:
         if self._pending:
             _broken("a logical batch is accumulated in part, and its last part was not stepped")
 
-    def open_loop(self) -> None:
-        """A loop over the loader begins. Raises AlignmentError PIA002 when a logical batch is unfinished."""
+    def open_loop(self) -> int:
+        """A loop over the loader begins: its number. Raises AlignmentError PIA002 inside a logical batch."""
         self.check_boundary()
         self._loops += 1
+        return self._loops
 
-    def begin(self, rows: NDArray[np.int64], part: Part, batch: Any, limit: int | None) -> None:
-        """The user receives a batch. Raises AlignmentError PIA002 inside an unfinished logical batch."""
-        key = (self._loops, part.logical)
+    def begin(self, batch: Delivery) -> None:
+        """The user receives a batch. Raises AlignmentError PIA002 when that breaks a logical batch apart."""
+        key = (batch.loop, batch.part.logical)
         if self._batch is not None:
             self._discard(self._batch)
-        if self._pending and (part.first or key != self._open):
+        if self._pending and batch.part.first:
             _broken("a new logical batch began before the last part of the one before was stepped")
-        if part.first and self._sweep is not None and not self._until_sweep:
-            self._measure_thresholds(self._sweep, limit)
-        positions = rows if self.setting.positions is None else self.setting.positions[rows]
-        self._batch, self._open = _Batch(positions, part, self._loops, batch), key
-        self.optimizer._step_skip_queue[:] = [] if part.last else [True]
+        if not batch.part.first and key != self._open:
+            _broken("the parts of a logical batch did not arrive one after the other")
+        if batch.part.first:
+            self._sweep(min(batch.limit or SWEEP_BATCH, SWEEP_BATCH))
+        self._batch, self._open = batch, key
+        self.optimizer._step_skip_queue[:] = [] if batch.part.last else [True]
 
-    def _discard(self, batch: _Batch) -> None:
+    def _discard(self, batch: Delivery) -> None:
         if self._pending:
             _broken("a part of a logical batch was skipped after another part had been accumulated")
         self._skipped = (batch.loop, batch.part.logical)
         self._stale, self._batch, self._measured = batch.content, None, None
-        # A forward pass whose backward pass ran leaves nothing behind; one without would spoil the next batch.
+        # A forward pass whose backward pass ran leaves nothing behind; one without spoils the next batch.
         if not any(getattr(p, "_forward_counter", 0) for p in self.optimizer.params):
             self._forwards = 0
 
-    def _measure_thresholds(self, sweep: Callable[[int], NDArray[np.float32]], limit: int | None) -> None:
-        rule = self.setting.charging
-        slack, every = (rule.slack, rule.every) if isinstance(rule, Sweep) else (1.0, 1)
-        writer, forwards = self.writer, self._forwards
-        norms = sweep(min(limit or SWEEP_BATCH, SWEEP_BATCH)).astype(np.float64)
-        self._forwards = forwards
-        bounds = round_up(np.minimum(norms * slack, np.float64(self.optimizer.max_grad_norm)))
-        rows = self.setting.positions
-        values = bounds if rows is None else np.zeros(self.run.num_instances, dtype=np.float32)
-        if rows is not None:
-            values[rows] = bounds
-        writer.append(Thresholds(values=values, source="sweep"))
-        self.thresholds, self._until_sweep = values, every
+    def _sweep(self, limit: int) -> None:
+        stale, self._stale = self._stale, None
+        forwards = self._forwards
+        try:
+            self.recorder.sweep_if_due(limit)
+        finally:
+            self._stale, self._forwards = stale, forwards
 
     # --------------------------------------------------------------------------------------------- optimizer
 
@@ -218,8 +122,7 @@ class Tracker:
 
     def _check_identity(self, inputs: Any) -> None:
         mine = _addresses(self._batch.content) if self._batch else set()
-        seen = _addresses(inputs) - mine
-        if seen & _addresses(self._stale):
+        if (_addresses(inputs) - mine) & _addresses(self._stale):
             raise AlignmentError(
                 "PIA007",
                 "the model was given a batch after a later batch had been read",
@@ -227,13 +130,17 @@ class Tracker:
                 "iterate over the returned loader directly, one batch for each step",
             )
 
-    def check_loop(self, optimizer: DPOptimizer) -> None:
-        """All guards that need no gradient. Raises AlignmentError or UnsupportedError; changes nothing."""
-        batch = self._current()
+    def check_loop(self) -> None:
+        """All guards that need no gradient. Raises AlignmentError, or UnsupportedError for a GradScaler."""
+        batch, optimizer = self._current(), self.optimizer
         if self._skipped == (batch.loop, batch.part.logical):
             _broken("a part of a logical batch was stepped after another part had been skipped")
         if optimizer._step_skip_queue != ([] if batch.part.last else [True]):
             _broken("signal_skip_step was called by hand")
+        if not self._pending and any(p.summed_grad is not None for p in optimizer.params):
+            _broken(
+                "the clipped sum of an earlier batch is still on the parameters: zero_grad was not called"
+            )
         if optimizer.step_hook is not self._hook:
             _refuse_hook()
         if self._forwards != 1:
@@ -258,7 +165,7 @@ class Tracker:
                 "step the scheduler only after an optimizer.step() that ended a logical batch",
             )
 
-    def _current(self) -> _Batch:
+    def _current(self) -> Delivery:
         if self._batch is not None:
             return self._batch
         if not self._loops:
@@ -270,21 +177,21 @@ class Tracker:
             )
         raise AlignmentError(
             "PIA001",
-            "a gradient was used without a fresh batch from the tracked loader",
+            "gradients were used without a fresh batch from the tracked loader",
             "The instances of this release are unknown, or were charged already for another one",
             SAFE_LOOP,
         )
 
     def _mechanism_now(self) -> tuple[float, float]:
-        return (float(self.optimizer.noise_multiplier), float(self.optimizer.max_grad_norm))
+        return float(self.optimizer.noise_multiplier), float(self.optimizer.max_grad_norm)
 
     def clip(self, norms: NDArray[np.float64]) -> NDArray[np.float32]:
         """Factors for the batch in hand: (B,) float32. The contributions wait for :meth:`accept`.
 
         norms: (B,) upper bounds. Raises AlignmentError PIA003 for a wrong number of rows, PIA005 for a second
-        backward pass, PIA006 for gradients that are not finite; nothing was accumulated then.
+        backward pass, PIA006 for gradients that are not finite.
         """
-        positions = self._current().positions
+        rows, mapping = self._current().rows, self.recorder.setting.positions
         if self._measured is not None:
             raise AlignmentError(
                 "PIA005",
@@ -292,12 +199,12 @@ class Tracker:
                 "Gradients would be released without being recorded, or lost",
                 SAFE_LOOP,
             )
-        if len(norms) != len(positions):
+        if len(norms) != len(rows):
             raise AlignmentError(
                 "PIA003",
-                f"{len(norms)} per-sample gradients for a batch of {len(positions)} instances",
+                f"{len(norms)} per-sample gradients for a batch of {len(rows)} instances",
                 "Gradients cannot be attributed to instances",
-                "pass the whole batch through the model: no filtering, repeating or reshaping of its first dimension",
+                "model(x) with the whole x: no filtering, repeating or reshaping of its first dimension",
             )
         bad = int(np.count_nonzero(~np.isfinite(norms)))
         if bad:
@@ -307,10 +214,12 @@ class Tracker:
                 "The release would expose these instances, so nothing was added and nothing written",
                 "remove or repair these instances or lower the learning rate; engine.abandon()",
             )
-        mechanism = self._mechanism_now()
-        clip_norm = np.float64(mechanism[1])
-        limits = clip_norm if self.thresholds is None else np.minimum(self.thresholds[positions], clip_norm)
-        factors, contributions = clip_factors(norms, limits)
+        positions = rows if mapping is None else mapping[rows]
+        mechanism, thresholds = self._mechanism_now(), self.recorder.thresholds
+        limit = mechanism[1]
+        factors, contributions = clip_factors(
+            norms, limit if thresholds is None else np.minimum(thresholds[positions], limit)
+        )
         self._measured, self._mechanism = (positions, contributions), self._mechanism or mechanism
         return factors
 
@@ -321,7 +230,7 @@ class Tracker:
                 "PIA005",
                 "optimizer.step() without a backward pass of the criterion that make_private returned",
                 "Gradients of an ordinary loss are not clipped per instance",
-                "model, optimizer, criterion, loader = engine.make_private(...); criterion(model(x), y).backward()",
+                "model, optimizer, criterion, loader = engine.make_private(...); use this criterion",
             )
 
     def accept(self) -> None:
@@ -331,57 +240,16 @@ class Tracker:
         self._batch, self._stale, self._measured, self._forwards = None, None, None, 0
 
     def record(self) -> None:
-        """Write the step, before noise is added to the sum. Raises LedgerError, and then nothing may be released."""
-        phase = self._phase_now()
-        writer = self.writer
-        if phase != self._phase:
-            writer.append(phase)
-            self._phase = phase
-        writer.append(self._step())
+        """Write the step, before noise is added. Raises LedgerError, and then nothing may be released."""
+        self.recorder.record(self._pending)
         self._pending, self._mechanism = [], None
-        self._until_sweep = max(0, self._until_sweep - 1)
-
-    def _step(self) -> Step:
-        positions = np.concatenate([p for p, _ in self._pending])
-        contributions = np.concatenate([c for _, c in self._pending])
-        if self.setting.sampling != "poisson":
-            # A replacement sampler may draw an instance twice: its vectors add up in the release.
-            positions, inverse = np.unique(positions, return_inverse=True)
-            total = np.zeros(len(positions))
-            np.add.at(total, inverse, contributions.astype(np.float64))
-            contributions = round_up(total)
-        return Step(positions=positions, contributions=contributions)
-
-    def _phase_now(self) -> Phase:
-        optimizer, setting = self.optimizer, self.setting
-        groups = optimizer.param_groups
-        lr, decay, momentum = (
-            max(float(g.get(name, 0.0)) for g in groups) for name in ("lr", "weight_decay", "momentum")
-        )
-        noise_multiplier, clip_norm = self._mechanism_now()
-        mean = optimizer.loss_reduction == "mean"
-        return Phase(
-            kind=setting.kind,
-            sampling=setting.sampling,
-            sample_rate=setting.sample_rate,
-            noise_std=noise_multiplier * clip_norm,
-            max_grad_norm=clip_norm,
-            charging=setting.charging.name,
-            denominator=float(optimizer.expected_batch_size) if mean else 1.0,
-            learning_rate=lr,
-            weight_decay=decay,
-            momentum=momentum,
-            optimizer=_optimizer_name(optimizer.original_optimizer),
-            grad_sample_mode=setting.grad_sample_mode,
-            plan_digest=setting.plan_digest,
-        )
 
     def released(self) -> None:
         """Noise is in place: one update of the parameters may follow."""
         self._releasing = True
 
     def before_update(self, *_: Any) -> None:
-        """Pre-hook of the wrapped optimizer. Raises AlignmentError PIA008, before the parameters move."""
+        """Pre-hook of the wrapped optimizer. Raises AlignmentError PIA008 before the parameters move."""
         if not self._releasing:
             raise AlignmentError(
                 "PIA008",
@@ -392,30 +260,30 @@ class Tracker:
         self._releasing = False
 
     def accept_hook(self, hook: Callable[[DPOptimizer], None]) -> None:
-        """Note the first step hook of a hand-built optimizer. Raises AlignmentError PIA004 for a second one."""
+        """Note the first step hook of a hand-built optimizer. Raises AlignmentError PIA004 for a second."""
         if self._hook is not None:
             _refuse_hook()
         self._check_rate(hook)
         self._hook = hook
 
     def _check_rate(self, hook: Callable[[DPOptimizer], None] | None) -> None:
-        assumed = (
-            inspect.getclosurevars(hook).nonlocals.get("sample_rate") if inspect.isfunction(hook) else None
-        )
-        if isinstance(assumed, float) and assumed < self.setting.sample_rate * (1 - 1e-9):
+        closure = inspect.getclosurevars(hook).nonlocals if inspect.isfunction(hook) else {}
+        assumed, actual = closure.get("sample_rate"), self.recorder.setting.sample_rate
+        if isinstance(assumed, float) and assumed < actual * (1 - 1e-9):
             raise GuaranteeError(
                 "PIA010",
-                f"Opacus' accountant assumes sample rate {assumed}, the loader samples at {self.setting.sample_rate}",
+                f"Opacus' accountant assumes sample rate {assumed}, the loader samples at {actual}",
                 "Its epsilon would be too small",
                 "accountant.get_optimizer_hook_fn(sample_rate=loader.batch_sampler.sample_rate)",
             )
 
     def abandon(self) -> None:
-        """Drop a logical batch that is accumulated in part: nothing of it was released, so nothing is charged."""
+        """Drop a partly accumulated logical batch: nothing of it was released, so nothing is charged."""
         self._forget()
         optimizer = self.optimizer
         optimizer._step_skip_queue.clear()
         optimizer._is_last_step_skipped = False
+        optimizer.__dict__.pop("found_inf", None)
         for p in optimizer.params:
             p.summed_grad = p.grad_sample = p.grad = None
             p._forward_counter = 0
@@ -424,21 +292,7 @@ class Tracker:
             module.__dict__.pop("max_batch_len", None)
 
 
-def _recorded_thresholds(ledger: Ledger) -> tuple[NDArray[np.float32] | None, NDArray[np.float32] | None]:
-    """Thresholds last stated as fixed, and those in force now: a resume leaves behind what was stated after it."""
-    fixed = in_force = None
-    steps = stated_at = 0
-    for event in ledger.events():
-        if isinstance(event, Thresholds):
-            in_force, stated_at = event.values, steps
-            fixed = event.values if event.source == "fixed" else fixed
-        elif isinstance(event, Resume) and stated_at >= event.at_step:
-            in_force = None
-        steps += isinstance(event, Step)
-    return fixed, in_force
-
-
-def _broken(happened: str) -> None:
+def _broken(happened: str) -> NoReturn:
     raise AlignmentError(
         "PIA002",
         happened,
@@ -447,24 +301,13 @@ def _broken(happened: str) -> None:
     )
 
 
-def _refuse_hook() -> None:
+def _refuse_hook() -> NoReturn:
     raise AlignmentError(
         "PIA004",
-        "attach_step_hook was called after the optimizer got its accountant",
+        "the optimizer's step hook was replaced after it got its accountant",
         "Opacus keeps one hook only, so its own accountant would stay at epsilon 0",
-        "remove that attach_step_hook call; use torch's register_step_post_hook on optimizer.original_optimizer",
+        "remove that attach_step_hook call; register_step_post_hook on optimizer.original_optimizer is free",
     )
-
-
-def _optimizer_name(optimizer: torch.optim.Optimizer) -> str:
-    """``"SGD"`` only when every parameter moves by the same plain rule; bounds that need the rule look for it."""
-    name = type(optimizer).__name__
-    rules = {(float(g["lr"]), float(g.get("weight_decay", 0.0))) for g in optimizer.param_groups}
-    if len(rules) > 1:
-        return f"{name} with different groups"
-    if type(optimizer) is torch.optim.SGD and any(g.get("maximize", False) for g in optimizer.param_groups):
-        return "SGD maximizing"
-    return name if type(optimizer) is torch.optim.SGD or name != "SGD" else "a subclass of SGD"
 
 
 def _addresses(content: Any) -> set[int]:
@@ -473,6 +316,6 @@ def _addresses(content: Any) -> set[int]:
         return {content.data_ptr()} if content.numel() else set()
     if isinstance(content, dict):
         content = list(content.values())
-    if isinstance(content, (list, tuple)):
-        return set().union(*(_addresses(item) for item in content)) if content else set()
-    return set()
+    if not isinstance(content, (list, tuple)):
+        return set()
+    return {address for item in content for address in _addresses(item)}

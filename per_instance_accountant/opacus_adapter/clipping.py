@@ -1,11 +1,12 @@
 """Flat clipping with one threshold per instance, and the DPOptimizers that do it.
 
-Every norm here is an UPPER bound of the norm of the stored gradient and every factor a LOWER bound of the one asked
-for, so the clipped gradient has norm at most the threshold in exact arithmetic, too.
+Every norm here is an UPPER bound of the norm of the stored gradient and every factor a LOWER bound of the
+one asked for, so the clipped gradient has norm at most the threshold in exact arithmetic, too.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
 from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processed
 
-from per_instance_accountant.errors import AlignmentError
+from per_instance_accountant.errors import AlignmentError, UnsupportedError
 
 if TYPE_CHECKING:
     from per_instance_accountant.opacus_adapter.capture import Tracker
@@ -24,8 +25,9 @@ BLOCK = 128
 """Terms summed in float32 before the sum goes on in float64."""
 
 NORM_SLACK = 2.0**-17
-"""Relative slack added to norms. 65 units of float32 rounding cover a block in any order of summation and its root,
-the rest covers the factor, its product with a gradient and the final additions (docs/opacus_integration.md)."""
+"""Relative slack added to norms. 65 units of float32 rounding cover a block in any order of summation and
+its root, the rest covers the factor, its product with a gradient and the final additions
+(docs/opacus_integration.md)."""
 
 STOCK_MARGIN = 1e-6
 """What Opacus adds to a norm before it divides; kept, so that training stays equal to Opacus'."""
@@ -50,8 +52,8 @@ def row_squares(gradient: torch.Tensor) -> torch.Tensor:
 def instance_norms(gradients: Sequence[torch.Tensor]) -> NDArray[np.float64]:
     """Upper bounds of the norms of per-sample gradients that are spread over parameters.
 
-    gradients: one (B, ...) float32 or float64 tensor per parameter. Returns (B,) float64; NaN or infinity exactly
-    where a gradient is not finite.
+    gradients: one (B, ...) float32 or float64 tensor per parameter. Returns (B,) float64; NaN or infinity
+    exactly where a gradient is not finite.
 
     >>> instance_norms([torch.tensor([[3.0], [0.0]]), torch.tensor([[4.0], [0.0]])]).round(3).tolist()
     [5.0, 0.0]
@@ -85,8 +87,8 @@ def clip_factors(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Factors that bring gradients under their limits, and upper bounds of the norms that remain.
 
-    norms: (B,) upper bounds of the norms. limits: the thresholds, a number or (B,). Returns (factors, contributions),
-    both (B,) float32 with ``factors * norms <= contributions <= limits``.
+    norms: (B,) upper bounds of the norms. limits: the thresholds, a number or (B,). Returns (factors,
+    contributions), both (B,) float32 with ``factors * norms <= contributions <= limits``.
 
     >>> factors, contributions = clip_factors(np.array([0.5, 4.0]), 1.0)
     >>> factors.round(4).tolist(), contributions.round(4).tolist()
@@ -100,7 +102,8 @@ def clip_factors(
 
 
 class TrackedOptimizer(DPOptimizer):
-    """A DPOptimizer whose steps are written to a ledger before noise is added. Made by :func:`install` only."""
+    """A DPOptimizer whose steps are written to a ledger before noise is added. Made by :func:`install`
+    only."""
 
     tracker: Tracker
     # With this flag torch.amp.GradScaler announces itself through `found_inf`, and can be refused.
@@ -118,12 +121,15 @@ class TrackedOptimizer(DPOptimizer):
         for p, gradient in zip(self.params, gradients, strict=True):
             factors = torch.from_numpy(clipped).to(device=gradient.device, dtype=gradient.dtype)
             total = torch.einsum("i,i...", factors, gradient)
-            p.summed_grad = total if p.summed_grad is None else p.summed_grad + total
+            if p.summed_grad is None:
+                p.summed_grad = total
+            else:
+                p.summed_grad += total
             _mark_as_processed(p.grad_sample)
         self.tracker.accept()
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
-        self.tracker.check_loop(self)
+        self.tracker.check_loop()
         self.clip_and_accumulate()
         return self._release()
 
@@ -148,7 +154,7 @@ class TrackedGhostOptimizer(TrackedOptimizer, DPOptimizerFastGradientClipping):
         return None
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
-        self.tracker.check_loop(self)
+        self.tracker.check_loop()
         self.tracker.check_clipped()
         self.accumulate()
         self.tracker.accept()
@@ -170,37 +176,69 @@ def install(optimizer: DPOptimizer, tracker: Tracker) -> None:
 
 
 def install_ghost(module: Any, tracker: Tracker) -> None:
-    """Make ghost clipping use the tracker's factors: the only place where ghost clipping scales an instance."""
+    """Make ghost clipping use the tracker's factors, and norms of linear layers that survive cancellation."""
 
     def get_clipping_coef() -> torch.Tensor:
         norms = ghost_norms(module)
-        factors = tracker.clip(norms.double().cpu().numpy() * (1 + ghost_slack(module)))
-        return torch.from_numpy(factors).to(norms.device)
+        return torch.from_numpy(tracker.clip(norms.cpu().numpy())).to(norms.device)
 
+    module.NORM_SAMPLERS = {**module.NORM_SAMPLERS, torch.nn.Linear: linear_norms}
     module.get_clipping_coef = get_clipping_coef
 
 
-def ghost_norms(module: Any) -> torch.Tensor:
-    """Norms that the first backward pass of ghost clipping left on the parameters, taken so that none is used twice.
+def linear_norms(
+    layer: torch.nn.Linear, activations: list[torch.Tensor], backprops: torch.Tensor
+) -> dict[torch.Tensor, torch.Tensor]:
+    """Norms (B,) of the per-sample gradients of a linear layer, without forming them, in float64.
 
-    Returns (B,). Raises AlignmentError PIA003 when a trainable parameter has no norm for this batch.
+    With several positions per instance the squared norm is a sum of products of inner products. In float32
+    its rounding can exceed a norm that is small by cancellation; in float64 it cannot, for norms worth
+    clipping.
+    """
+    left = backprops.double().flatten(1, -2) if backprops.dim() > 2 else backprops.double().unsqueeze(1)
+    right = activations[0].double().reshape(*left.shape[:2], activations[0].shape[-1])
+    norms: dict[torch.Tensor, torch.Tensor] = {}
+    if layer.weight.requires_grad:
+        if left.shape[1] == 1:
+            squares = left.square().sum(dim=(1, 2)) * right.square().sum(dim=(1, 2))
+        else:
+            squares = ((left @ left.mT) * (right @ right.mT)).sum(dim=(1, 2)).clamp(min=0)
+        norms[layer.weight] = squares.sqrt()
+    if layer.bias is not None and layer.bias.requires_grad:
+        norms[layer.bias] = left.sum(dim=1).norm(dim=1)
+    return norms
+
+
+def ghost_norms(module: Any) -> torch.Tensor:
+    """Upper bounds (B,) float64 of the norms whose parts the first backward pass of ghost clipping left on
+    the parameters; taken away, so that none is used twice.
+
+    Raises AlignmentError PIA003 when a trainable parameter has no norm for this batch, UnsupportedError
+    PIA060 when norms were computed in low precision.
     """
     parameters = module.trainable_parameters
-    missing = sum(getattr(p, "_norm_sample", None) is None for p in parameters)
+    parts: list[torch.Tensor] = [
+        p._norm_sample for p in parameters if getattr(p, "_norm_sample", None) is not None
+    ]
+    missing = len(parameters) - len(parts)
     if missing:
         raise AlignmentError(
             "PIA003",
             f"{missing} of {len(parameters)} trainable parameters have no per-sample norm for this batch",
             "Norms of an earlier batch would have been used, so instances could enter the sum unclipped",
-            "let every trainable layer take part in every forward pass, or freeze it with requires_grad_(False)",
+            "layer.requires_grad_(False) for layers that not every forward pass uses",
         )
-    norms: torch.Tensor = module.get_norm_sample()
+    if any(part.dtype not in (torch.float32, torch.float64) for part in parts):
+        raise UnsupportedError(
+            "PIA060",
+            "ghost clipping computed norms in low precision",
+            "Rounding can make a norm 0, and its gradient would enter the sum unclipped",
+            "train without autocast, or grad_sample_mode='hooks'",
+        )
     for p in parameters:
         p._norm_sample = None
-    return norms
-
-
-def ghost_slack(module: Any) -> float:
-    """Relative slack for norms that Opacus sums in float32 over whole layers (see docs/opacus_integration.md)."""
-    largest = max(p.numel() for p in module.trainable_parameters)
-    return float(NORM_SLACK + 4 * np.sqrt(largest) * 2.0**-24)
+    norms = torch.stack([part.to(parts[0].device, torch.float64) for part in parts]).norm(dim=0)
+    module.per_sample_gradient_norms = norms.float()
+    largest = max(p.numel() for p in parameters)
+    # Layers without a norm sampler are summed by Opacus in float32 over all their entries.
+    return norms * (1 + NORM_SLACK + 4 * math.sqrt(largest) * 2.0**-24)

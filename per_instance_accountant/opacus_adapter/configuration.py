@@ -31,8 +31,9 @@ from per_instance_accountant.accounting.rules import (
 )
 from per_instance_accountant.errors import GuaranteeError, UnsupportedError, UsageError
 from per_instance_accountant.ledger.records import Run
-from per_instance_accountant.opacus_adapter.capture import Setting
+from per_instance_accountant.opacus_adapter.capture import Tracker
 from per_instance_accountant.opacus_adapter.clipping import TRACKED, TrackedOptimizer
+from per_instance_accountant.opacus_adapter.recording import Setting
 from per_instance_accountant.opacus_adapter.sweeps import sweep_norms
 
 GHOST_MODULES = (GradSampleModuleFastGradientClipping, GradSampleHooksFastGradientClipping)
@@ -48,14 +49,14 @@ def check_untracked(optimizer: torch.optim.Optimizer) -> None:
     """Raise UnsupportedError PIA060 for an optimizer that is tracked already, wrapped or not."""
     inner = getattr(optimizer, "original_optimizer", optimizer)
     hooks = getattr(inner, "_optimizer_step_pre_hooks", {})
-    if isinstance(optimizer, TrackedOptimizer) or any(
-        getattr(h, "__name__", "") == "before_update" for h in hooks.values()
-    ):
+    tracked = any(isinstance(getattr(hook, "__self__", None), Tracker) for hook in hooks.values())
+    if tracked or isinstance(optimizer, TrackedOptimizer):
         refuse("the optimizer is tracked already", "build a new optimizer for every make_private or attach")
 
 
 def check_optimizer(optimizer: DPOptimizer) -> None:
-    """Raise UnsupportedError PIA060 for an optimizer whose clipping is not flat, or that is tracked already."""
+    """Raise UnsupportedError PIA060 for an optimizer whose clipping is not flat, or that is tracked
+    already."""
     check_untracked(optimizer)
     if type(optimizer) not in TRACKED:
         refuse(
@@ -67,7 +68,8 @@ def check_optimizer(optimizer: DPOptimizer) -> None:
 
 
 def check_layers(module: torch.nn.Module) -> None:
-    """Raise UnsupportedError PIA060 for layers whose per-sample gradients may come in another order than the batch."""
+    """Raise UnsupportedError PIA060 for layers whose per-sample gradients may come in another order than
+    the batch."""
     if any(isinstance(layer, DPRNNBase) for layer in module.modules()):
         refuse(
             "a DPRNN, DPGRU or DPLSTM: its gradients are in order of length for packed sequences",
@@ -76,7 +78,8 @@ def check_layers(module: torch.nn.Module) -> None:
 
 
 def find_module(optimizer: DPOptimizer) -> Any:
-    """The GradSampleModule or GradSampleHooks that fills these parameters. Raises UsageError PIA071 if none is alive."""
+    """The GradSampleModule or GradSampleHooks that fills these parameters. Raises UsageError PIA071 if none
+    is alive."""
     mine = {id(p) for p in optimizer.params}
     for candidate in gc.get_objects():
         if type(candidate) in MODULES and mine <= {id(p) for p in candidate._module.parameters()}:
@@ -117,7 +120,7 @@ def choose_charging(charging: ChargingRule | None, poisson: bool) -> ChargingRul
     if not poisson and not isinstance(charging, Unamplified):
         raise GuaranteeError(
             "PIA010",
-            f"charging rule {charging.name!r} with a loader that does not sample every instance independently",
+            f"charging rule {charging.name!r} with a loader that is no Poisson sampler",
             "Losses would be reduced for sampling that did not happen",
             "make_private(poisson_sampling=True), or charging=Unamplified()",
         )
@@ -132,7 +135,8 @@ def describe_setting(
     plan_digest: str | None,
     positions: NDArray[np.int64] | None,
 ) -> Setting:
-    """How this loader draws and this module computes. Raises GuaranteeError PIA010 as :func:`choose_charging`."""
+    """How this loader draws and this module computes. Raises GuaranteeError PIA010 as
+    :func:`choose_charging`."""
     sampler = loader.batch_sampler
     poisson = type(sampler) is UniformWithReplacementSampler
     rows = len(loader.dataset)  # type: ignore[arg-type]
@@ -160,7 +164,7 @@ def check_positions(positions: ArrayLike, rows: int, num_instances: int) -> NDAr
     if not ok or array.min() < 0 or array.max() >= num_instances:
         raise UsageError(
             "PIA071",
-            f"positions with shape {array.shape} for {rows} rows are not distinct integers in [0, {num_instances})",
+            f"positions are not {rows} distinct integers in [0, {num_instances})",
             "Steps would be charged to other instances",
             "attach(optimizer, loader, positions=retained) where loader is over Subset(dataset, retained)",
         )
@@ -173,7 +177,8 @@ def describe_run(
     groups: Mapping[str, ArrayLike] | None,
     assumptions: Mapping[str, Any] | None,
 ) -> Run:
-    """The facts that are fixed for a run over this loader's data set. Raises UsageError PIA071 for wrong lengths."""
+    """The facts that are fixed for a run over this loader's data set. Raises UsageError PIA071 for wrong
+    lengths."""
     count = len(loader.dataset)  # type: ignore[arg-type]
     columns = {"ids": ids, **(groups or {})}
     arrays = {name: np.asarray(column) for name, column in columns.items() if column is not None}

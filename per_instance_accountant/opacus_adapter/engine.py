@@ -1,4 +1,5 @@
-"""The two entry points: ``attach`` for a hand-built DPOptimizer, and a drop-in ``PrivacyEngine`` on top of it."""
+"""The two entry points: ``attach`` for a hand-built DPOptimizer, and a drop-in ``PrivacyEngine`` on top of
+it."""
 
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ from per_instance_accountant.opacus_adapter import configuration as check
 from per_instance_accountant.opacus_adapter.capture import Tracker
 from per_instance_accountant.opacus_adapter.clipping import install, install_ghost
 from per_instance_accountant.opacus_adapter.loader import TrackedLoader, check_loader, track_loader
+from per_instance_accountant.opacus_adapter.recording import Recorder
 
 CHECKPOINT_KEY = "per_instance_accountant"
 
@@ -42,16 +44,16 @@ def attach(
 ) -> tuple[Tracker, TrackedLoader]:
     """Track a hand-built DPOptimizer: returns the tracker and the loader to iterate over from now on.
 
-    optimizer: a flat DPOptimizer (modes hooks and functorch) or DPOptimizerFastGradientClipping (ghost); it is
-    changed in place. module: its GradSampleModule or GradSampleHooks; found by itself when it is alive.
-    ledger: a directory for a new ledger, an open :class:`LedgerWriter` to append to, or None for memory. Thresholds
-    that an open ledger recorded last stay in force. charging: default WorstCase for a Poisson loader, Unamplified for
-    any other. positions: (rows of the loader's dataset,) dataset positions in the run, when the loader is over a part
-    of the run's data set. criterion: the loss, needed by ``Sweep`` only. kind, plan_digest: see
-    :class:`~per_instance_accountant.ledger.records.Phase`.
+    optimizer: a flat DPOptimizer (modes hooks and functorch) or DPOptimizerFastGradientClipping (ghost); it
+    is changed in place. module: its GradSampleModule or GradSampleHooks; found by itself when it is alive.
+    ledger: a directory for a new ledger, an open :class:`LedgerWriter` to append to, or None for memory.
+    Thresholds that an open ledger recorded last stay in force. charging: default WorstCase for a Poisson
+    loader, Unamplified for any other. positions: (rows of the loader's dataset,) dataset positions in the
+    run, when the loader is over a part of the run's data set. criterion: the loss, needed by ``Sweep``
+    only. kind, plan_digest: see :class:`~per_instance_accountant.ledger.records.Phase`.
 
-    Raises UnsupportedError PIA060, GuaranteeError PIA010 for a rule that the loader's sampling does not support,
-    UsageError for arguments that do not fit the data set, LedgerError PIA040 for another ledger.
+    Raises UnsupportedError PIA060, GuaranteeError PIA010 for a rule that the loader's sampling does not
+    support, UsageError for arguments that do not fit the data set, LedgerError PIA040 for another ledger.
     """
     check.check_optimizer(optimizer)
     check_loader(data_loader)
@@ -66,15 +68,15 @@ def attach(
     rows = len(data_loader.dataset)  # type: ignore[arg-type]
     mapping = None if positions is None else check.check_positions(positions, rows, run.num_instances)
     setting = check.describe_setting(data_loader, charging, module, kind, plan_digest, mapping)
-    tracker = Tracker(
+    recorder = Recorder(
         optimizer=optimizer,
-        module=core,
         run=run,
         ledger=ledger,
         setting=setting,
         thresholds=check.fixed_thresholds(setting.charging, run.num_instances, recorded=appending),
         sweep=check.prepare_sweep(setting.charging, module, optimizer, data_loader, criterion),
     )
+    tracker = Tracker(optimizer=optimizer, module=core, recorder=recorder)
     loader = track_loader(data_loader, tracker)
     install(optimizer, tracker)
     if isinstance(module, check.GHOST_MODULES):
@@ -86,8 +88,8 @@ def attach(
 class PrivacyEngine(opacus.PrivacyEngine):
     """Drop-in for :class:`opacus.PrivacyEngine` that also records every instance's part in every step.
 
-    accountant, secure_mode: as in Opacus. ledger: directory of the ledger, or None to keep the facts in memory.
-    charging, ids, groups, assumptions: see :func:`attach`.
+    accountant, secure_mode: as in Opacus. ledger: directory of the ledger, or None to keep the facts in
+    memory. charging, ids, groups, assumptions: see :func:`attach`.
 
     >>> from torch.utils.data import DataLoader, TensorDataset
     >>> model, examples = torch.nn.Linear(2, 1), TensorDataset(torch.ones(8, 2), torch.ones(8, 1))
@@ -142,15 +144,22 @@ class PrivacyEngine(opacus.PrivacyEngine):
         return self.tracker.ledger
 
     def abandon(self) -> None:
-        """Drop a partly accumulated logical batch after ``break`` or an error; it was not released or charged."""
+        """Drop a partly accumulated logical batch after ``break`` or an error; it was not released or
+        charged."""
         self.tracker.abandon()
 
-    def make_private(self, *, criterion: Any = None, **arguments: Any) -> Any:
-        """As in Opacus, same arguments and same tuple; the loader must be iterated directly or through Opacus'
-        BatchMemoryManager. criterion: the loss, as in Opacus for ghost clipping, and in every mode with ``Sweep``.
+    def close(self) -> None:
+        """Flush and end the ledger. Raises AlignmentError PIA002 inside a logical batch."""
+        self.tracker.close()
 
-        Raises UnsupportedError PIA060 for configurations that are not accounted for, GuaranteeError PIA010 for a
-        charging rule that the loader's sampling does not support, UsageError for arguments that do not fit.
+    def make_private(self, *, criterion: Any = None, **arguments: Any) -> Any:
+        """As in Opacus, same arguments and same tuple; the loader must be iterated directly or through
+        Opacus' BatchMemoryManager. criterion: the loss, as in Opacus for ghost clipping, and in every mode
+        with ``Sweep``.
+
+        Raises UnsupportedError PIA060 for configurations that are not accounted for, GuaranteeError PIA010
+        for a charging rule that the loader's sampling does not support, UsageError for arguments that do
+        not fit.
         """
         self._check_arguments(arguments, criterion)
         if criterion is not None:
@@ -201,7 +210,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         Raises AlignmentError PIA002 inside a logical batch, LedgerError when the ledger cannot be written.
         """
         self.tracker.check_boundary()
-        position = {"version": 1, "anchor": self.tracker.writer.anchor.to_dict()}
+        position = {"version": 1, "anchor": self.tracker.recorder.writer.anchor.to_dict()}
         super().save_checkpoint(
             checkpoint_dict={**(checkpoint_dict or {}), CHECKPOINT_KEY: position}, **arguments
         )
@@ -209,14 +218,17 @@ class PrivacyEngine(opacus.PrivacyEngine):
     def load_checkpoint(
         self, *, path: Any, torch_load_kwargs: dict[str, Any] | None = None, **arguments: Any
     ) -> dict[str, Any]:
-        """As in Opacus, but never runs code from the file, and continues the ledger where the checkpoint was taken.
+        """As in Opacus, but never runs code from the file, and continues the ledger where the checkpoint
+        was taken.
 
-        Steps that the ledger holds beyond the checkpoint stay charged. Raises LedgerError PIA040 when ledger and
-        checkpoint do not belong together, before model or optimizer change; UnsupportedError PIA060 for a file that only
-        pickle could load.
+        Steps that the ledger holds beyond the checkpoint stay charged. Raises LedgerError PIA040 when
+        ledger and checkpoint do not belong together, before model or optimizer change; UnsupportedError
+        PIA060 for a file that only pickle could load.
         """
         checkpoint = load_plain(path, torch_load_kwargs or {})
-        self.tracker.resume(read_anchor(checkpoint))
+        anchor = read_anchor(checkpoint)
+        self.tracker.check_boundary()
+        self.tracker.recorder.resume(anchor)
         # Opacus loads with pickle allowed. What it gets here is what was just read without.
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
@@ -225,7 +237,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
 
 
 def load_plain(path: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """A checkpoint of tensors and plain values. Raises UnsupportedError PIA060 when only pickle could read it."""
+    """A checkpoint of tensors and plain values. Raises UnsupportedError PIA060 when only pickle could read
+    it."""
     try:
         content: dict[str, Any] = torch.load(path, **{**options, "weights_only": True})
     except pickle.UnpicklingError as error:
@@ -233,7 +246,7 @@ def load_plain(path: Any, options: Mapping[str, Any]) -> dict[str, Any]:
             "PIA060",
             "the checkpoint holds more than tensors and plain values",
             "Reading it could run code from the file, so it was not read",
-            "save tensors, numbers, strings, lists and dicts only: engine.save_checkpoint(checkpoint_dict={...})",
+            "engine.save_checkpoint(..., checkpoint_dict={...}) with plain values only",
         ) from error
     return content
 
@@ -246,6 +259,6 @@ def read_anchor(checkpoint: Mapping[str, Any]) -> Anchor:
             "PIA040",
             "the checkpoint does not say where in a ledger it was taken",
             "The steps before it are in no ledger, so every loss would be too small",
-            "engine.save_checkpoint(path=..., module=model, optimizer=optimizer) of this package's PrivacyEngine",
+            "engine.save_checkpoint(path=..., module=model) of this package's PrivacyEngine",
         )
     return Anchor.from_dict(position["anchor"])

@@ -1,8 +1,8 @@
 """Loaders whose batches carry the dataset positions they are made of.
 
-The positions travel WITH the batch, through worker queues, and are stripped when the batch is handed to the user.
-A queue filled by the sampler and emptied by the optimizer would be wrong after the first ``break``, ``continue``
-or prefetched batch, because samplers run ahead of the loop.
+The positions travel WITH the batch, through worker queues, and are stripped when the batch is handed to the
+user. A queue filled by the sampler and emptied by the optimizer would be wrong after the first ``break``,
+``continue`` or prefetched batch, because samplers run ahead of the loop.
 """
 
 from __future__ import annotations
@@ -33,12 +33,27 @@ class Part:
     last: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Delivery:
+    """One physical batch at the moment the user receives it.
+
+    rows: (B,) rows of the loader's dataset. loop: number of the pass over the loader. limit: largest
+    physical batch.
+    """
+
+    rows: NDArray[np.int64]
+    part: Part
+    content: Any
+    loop: int
+    limit: int | None
+
+
 class Consumer(Protocol):
     """What a loader tells about its batches, in the order in which the user's loop sees them."""
 
     def check_optimizer(self, optimizer: DPOptimizer) -> None: ...
-    def open_loop(self) -> None: ...
-    def begin(self, positions: NDArray[np.int64], part: Part, batch: Any, limit: int | None) -> None: ...
+    def open_loop(self) -> int: ...
+    def begin(self, batch: Delivery) -> None: ...
     def check_boundary(self) -> None: ...
 
 
@@ -61,7 +76,7 @@ def _rewrapped(*_: Any, **__: Any) -> Any:
         "PIA007",
         "a batch of the tracked loader came out of another loader that was built around it",
         "Nobody knows any more which instances a step uses, so no loss could be recorded",
-        "iterate over the loader that make_private or attach returned, or give it to opacus' BatchMemoryManager",
+        "for batch in loader, or BatchMemoryManager(data_loader=loader, ...), with the returned loader",
     )
 
 
@@ -80,7 +95,8 @@ class IndexedBatch:
 
 
 class IndexedDataset(Dataset[Any]):
-    """The user's dataset; ``dataset[i]`` and all attributes are the user's, only batched reads carry their rows."""
+    """The user's dataset; ``dataset[i]`` and all attributes are the user's, only batched reads carry their
+    rows."""
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
@@ -116,7 +132,8 @@ class IndexedCollate:
 
 
 class SplittingSampler:
-    """Physical batches of at most ``limit`` rows, split as ``opacus.utils.batch_memory_manager`` splits them."""
+    """Physical batches of at most ``limit`` rows, split as ``opacus.utils.batch_memory_manager`` splits
+    them."""
 
     def __init__(self, inner: Any, limit: int) -> None:
         self.inner, self.limit = inner, limit
@@ -143,7 +160,8 @@ class _Iteration:
     """One pass of the user's loop: announces each batch at the moment the user receives it."""
 
     def __init__(self, inner: Any, consumer: Consumer, limit: int | None) -> None:
-        self.inner, self.consumer, self.limit, self.count = inner, consumer, limit, 0
+        self.inner, self.consumer, self.limit = inner, consumer, limit
+        self.loop, self.count = consumer.open_loop(), 0
 
     def __iter__(self) -> _Iteration:
         return self
@@ -153,25 +171,28 @@ class _Iteration:
 
     def __next__(self) -> Any:
         try:
-            indexed = next(self.inner)
+            batch = next(self.inner)
         except StopIteration:
             self.consumer.check_boundary()
             raise
-        part = indexed.part or Part(logical=self.count, first=True, last=True)
+        part = batch.part or Part(logical=self.count, first=True, last=True)
         self.count += 1
-        self.consumer.begin(indexed.rows, part, indexed.batch, self.limit)
-        return indexed.batch
+        self.consumer.begin(
+            Delivery(rows=batch.rows, part=part, content=batch.batch, loop=self.loop, limit=self.limit)
+        )
+        return batch.batch
 
 
 class TrackedLoader(DataLoader[Any]):
-    """A loader that reports its batches. Built by :func:`track_loader` only."""
+    """A loader that reports its batches. Built by :func:`track_loader` and :func:`split_loader` only."""
 
     consumer: Consumer
     limit: int | None = None
 
     def __iter__(self) -> Any:
-        self.consumer.open_loop()
-        # The inner iterator is made now, not at the first batch: it draws from the random state as stock does.
+        self.consumer.check_boundary()
+        # The inner iterator is made now, not at the first batch: it draws from the random state as stock
+        # does.
         return _Iteration(super().__iter__(), self.consumer, self.limit)
 
 
@@ -209,7 +230,8 @@ def check_loader(loader: DataLoader[Any]) -> None:
 
 
 def track_loader(loader: DataLoader[Any], consumer: Consumer) -> TrackedLoader:
-    """A loader with the same batches, settings and random draws that reports the rows of each batch to ``consumer``.
+    """A loader with the same batches, settings and random draws that reports the rows of each batch to
+    ``consumer``.
 
     A ``DPDataLoader`` stays one. Raises UnsupportedError PIA060 as :func:`check_loader` does.
     """
@@ -236,15 +258,15 @@ def track_loader(loader: DataLoader[Any], consumer: Consumer) -> TrackedLoader:
 def split_loader(loader: TrackedLoader, limit: int, optimizer: DPOptimizer) -> TrackedLoader:
     """A tracked loader over physical batches of at most ``limit`` rows of the same logical batches.
 
-    Whether a physical batch ends its logical batch is decided when the user receives it, not when a worker fetches it.
-    Raises UnsupportedError PIA060 when ``loader`` is split already.
+    Whether a physical batch ends its logical batch is decided when the user receives it, not when a worker
+    fetches it. Raises UnsupportedError PIA060 when ``loader`` is split already.
     """
     if loader.limit is not None:
         raise UnsupportedError(
             "PIA060",
             "the loader is split into physical batches already",
             "Two splits would hide where a logical batch ends",
-            "use one BatchMemoryManager(data_loader=loader, max_physical_batch_size=..., optimizer=optimizer)",
+            "one BatchMemoryManager(data_loader=loader, ...) around the returned loader",
         )
     loader.consumer.check_optimizer(optimizer)
     sampler: Any = SplittingSampler(loader.batch_sampler, limit)

@@ -20,13 +20,14 @@ def sgld_configuration(
 ) -> tuple[float, float]:
     """Learning rate of plain SGD and noise multiplier with which a DPOptimizer makes Langevin steps.
 
-    The step is ``theta <- theta - step_size * grad U + N(0, 2 * step_size * temperature * I)``, where U is the sum
-    or the mean of the instances' losses (``potential``) and its gradient is estimated without bias from a Poisson
-    batch with expected size B of N instances; full batch is ``sample_rate=1``. Opacus moves by
-    ``-learning_rate * (S + N(0, (noise_multiplier * max_grad_norm)^2)) / B`` for ``loss_reduction="mean"``, without
-    the division for ``"sum"``, where S is the clipped sum; comparing the two gives both numbers (our derivation,
-    docs/opacus_integration.md). The clip norm cancels from the accounting: one step of an instance with clipped
-    norm c has Renyi divergence ``order * step_size * N^2 * c^2 / (4 * temperature * B^2)`` for the sum potential.
+    The step is ``theta <- theta - step_size * grad U + N(0, 2 * step_size * temperature * I)``, where U is
+    the sum or the mean of the instances' losses (``potential``) and its gradient is estimated without bias
+    from a Poisson batch with expected size B of N instances; full batch is ``sample_rate=1``. Opacus moves
+    by ``-learning_rate * (S + N(0, (noise_multiplier * max_grad_norm)^2)) / B`` for
+    ``loss_reduction="mean"``, without the division for ``"sum"``, where S is the clipped sum; comparing the
+    two gives both numbers (our derivation, docs/opacus_integration.md). The clip norm cancels from the
+    accounting: one step of an instance with clipped norm c has Renyi divergence ``order * step_size * N^2 *
+    c^2 / (4 * temperature * B^2)`` for the sum potential.
 
     Returns (learning_rate, noise_multiplier). Raises UsageError PIA070.
 

@@ -1,4 +1,5 @@
-"""One pass of per-instance gradient norms over a whole data set, without leaving a trace on the training state."""
+"""One pass of per-instance gradient norms over a whole data set, without leaving a trace on the training
+state."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from torch.utils.data import DataLoader
 
 from per_instance_accountant.errors import AlignmentError, UnsupportedError
-from per_instance_accountant.opacus_adapter.clipping import ghost_norms, ghost_slack, instance_norms, round_up
+from per_instance_accountant.opacus_adapter.clipping import ghost_norms, instance_norms, round_up
 from per_instance_accountant.opacus_adapter.loader import IndexedCollate, IndexedDataset
 
 _PARAMETER_STATE = ("grad", "grad_sample", "summed_grad", "_norm_sample", "_forward_counter")
@@ -32,16 +33,16 @@ def sweep_norms(
 ) -> NDArray[np.float32]:
     """Upper bounds of the gradient norms of ALL instances at the present parameters, before clipping.
 
-    module, optimizer, data_loader, criterion: as returned by ``make_private`` (the plain criterion unless the mode is
-    ghost). The data set is read in order with the loader's collate function; a batch is ``(*inputs, target)``.
-    Dropout is off. Parameters, gradients, training flags and random states stay as they were. Returns (N,) float32.
-    These norms are not private. Raises UnsupportedError PIA060 for other batches, AlignmentError PIA006 for a norm that
-    is not finite.
+    module, optimizer, data_loader, criterion: as returned by ``make_private`` (the plain criterion unless
+    the mode is ghost). The data set is read in order with the loader's collate function; a batch is
+    ``(*inputs, target)``. Dropout is off. Parameters, gradients, training flags and random states stay as
+    they were. Returns (N,) float32. These norms are not private. Raises UnsupportedError PIA060 for other
+    batches, AlignmentError PIA006 for a norm that is not finite.
     """
     dataset, collate = data_loader.dataset, data_loader.collate_fn
     dataset = dataset.inner if isinstance(dataset, IndexedDataset) else dataset
     collate = collate.inner if isinstance(collate, IndexedCollate) else collate
-    core, parts = getattr(module, "_module", module), []
+    core = getattr(module, "_module", module)
     parameters = list(core.parameters())
     with ExitStack() as stack:
         stack.enter_context(_random_states(parameters))
@@ -50,9 +51,11 @@ def sweep_norms(
         stack.enter_context(
             _attributes([module], ("_per_sample_gradient_norms", "grad_accumulation_allowed"))
         )
+        stack.enter_context(torch.enable_grad())
         _deterministic(core)
-        for batch in DataLoader(dataset, batch_size=batch_size, collate_fn=collate):
-            parts.append(_batch_norms(module, optimizer, criterion, _to_device(batch, parameters[0].device)))
+        device = parameters[0].device
+        batches = DataLoader(dataset, batch_size=batch_size, collate_fn=collate)
+        parts = [_batch_norms(module, optimizer, criterion, _to_device(batch, device)) for batch in batches]
     norms = np.concatenate(parts)
     bad = int(np.count_nonzero(~np.isfinite(norms)))
     if bad:
@@ -83,14 +86,15 @@ def _batch_norms(
     if isinstance(criterion, DPLossFastGradientClipping):
         per_instance = loss.loss_per_sample
         (per_instance.mean() if module.loss_reduction == "mean" else per_instance.sum()).backward()
-        norms: NDArray[np.float64] = ghost_norms(module).double().cpu().numpy() * (1 + ghost_slack(module))
+        norms: NDArray[np.float64] = ghost_norms(module).cpu().numpy()
         return norms
     loss.backward()
     return instance_norms([optimizer._get_flat_grad_sample(p).to(p.dtype) for p in parameters])
 
 
 def _deterministic(core: torch.nn.Module) -> None:
-    """Evaluation mode everywhere but in the layers whose hooks record per-sample gradients only while training."""
+    """Evaluation mode everywhere but in the layers whose hooks record per-sample gradients only while
+    training."""
     core.eval()
     for layer in core.modules():
         if any(p.requires_grad for p in layer.parameters(recurse=False)):

@@ -1,0 +1,199 @@
+"""The facts of a tracked run on their way to the ledger: thresholds in force, mechanism, steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from opacus.optimizers import DPOptimizer
+
+from per_instance_accountant.accounting.rules import ChargingRule, Sweep
+from per_instance_accountant.errors import LedgerError
+from per_instance_accountant.ledger import Anchor, Ledger, LedgerWriter, Phase, Resume, Run, Step, Thresholds
+from per_instance_accountant.opacus_adapter.clipping import round_up
+
+Observation = tuple[NDArray[np.int64], NDArray[np.float32]]
+"""(B,) dataset positions and (B,) upper bounds of the norms with which they entered the clipped sum."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What is fixed for a tracked optimizer: how batches are drawn, how its steps are described and
+    charged."""
+
+    charging: ChargingRule
+    sampling: str
+    sample_rate: float
+    grad_sample_mode: str
+    kind: str = "train"
+    plan_digest: str | None = None
+    positions: NDArray[np.int64] | None = None
+    """Row of the loader's dataset -> dataset position of the run; None when they are the same."""
+
+
+class Recorder:
+    """Writes what one optimizer does. ``thresholds``: (N,) in force, or None when only max_grad_norm
+    clips."""
+
+    def __init__(
+        self,
+        *,
+        optimizer: DPOptimizer,
+        run: Run,
+        ledger: str | Path | LedgerWriter | None,
+        setting: Setting,
+        thresholds: NDArray[np.float32] | None = None,
+        sweep: Callable[[int], NDArray[np.float32]] | None = None,
+    ) -> None:
+        self.optimizer, self.run, self.setting, self.thresholds = optimizer, run, setting, thresholds
+        self._sweep, self._until_sweep = sweep, 0
+        self._phase: Phase | None = None
+        self._path = None if isinstance(ledger, LedgerWriter) else ledger
+        self._writer: LedgerWriter | None = None
+        # A mechanism that no ledger could describe is refused now, not after the first gradients.
+        self.mechanism()
+        if isinstance(ledger, LedgerWriter):
+            self._adopt(ledger)
+
+    @property
+    def writer(self) -> LedgerWriter:
+        """The writer, created at first use. Raises LedgerError PIA045 when the path holds a ledger
+        already."""
+        writer = self._writer
+        if writer is None:
+            writer = LedgerWriter.create(self._path, self.run)
+            self._adopt(writer)
+        return writer
+
+    def _adopt(self, writer: LedgerWriter) -> None:
+        recorded = writer.ledger()
+        if recorded.num_instances != self.run.num_instances:
+            raise LedgerError(
+                "PIA040",
+                f"the ledger is about {recorded.num_instances} instances, not {self.run.num_instances}",
+                "Positions would name other instances than the ones that were trained on",
+                "load the data set that the ledger was written for, in the same order",
+            )
+        fixed, in_force = _recorded_thresholds(recorded)
+        given = self.thresholds if self._sweep is None else None
+        if fixed is not None and given is not None and not np.array_equal(fixed, given):
+            raise LedgerError(
+                "PIA045",
+                "the thresholds given differ from the ones that the ledger recorded as fixed",
+                "Thresholds that are changed later may depend on what was released",
+                "pass the same FixedThresholds(thresholds=...) as at the start of the run",
+            )
+        if in_force is None and given is not None:
+            writer.append(Thresholds(values=given, source="fixed"))
+            in_force = given
+        self.thresholds, self._writer, self._phase, self._until_sweep = in_force, writer, None, 0
+
+    def resume(self, anchor: Anchor) -> None:
+        """Continue the ledger from a checkpoint taken at ``anchor``; later steps of the ledger stay charged.
+
+        Raises LedgerError PIA040 when ledger and checkpoint do not belong together.
+        """
+        current = self._writer
+        if current is not None and current.anchor == anchor:
+            return
+        if self._path is None:
+            raise LedgerError(
+                "PIA040",
+                f"the checkpoint belongs to a ledger of {anchor.steps} steps, this ledger is kept in memory",
+                "The steps before the checkpoint would be missing from every loss",
+                'PrivacyEngine(ledger="runs/a") before training and when resuming',
+            )
+        self.close()
+        self._writer = None
+        self._adopt(LedgerWriter.resume(self._path, anchor))
+
+    def close(self) -> None:
+        """Flush and end the ledger; later steps raise LedgerError PIA044."""
+        if self._writer is not None:
+            self._writer.close()
+
+    def sweep_if_due(self, limit: int) -> None:
+        """Measure all norms and state new thresholds, when the next step is one of Sweep's public steps."""
+        rule = self.setting.charging
+        if self._sweep is None or self._until_sweep or not isinstance(rule, Sweep):
+            return
+        writer = self.writer
+        norms = self._sweep(limit).astype(np.float64)
+        bounds = round_up(np.minimum(norms * rule.slack, float(self.optimizer.max_grad_norm)))
+        values = np.zeros(self.run.num_instances, dtype=np.float32)
+        values[slice(None) if self.setting.positions is None else self.setting.positions] = bounds
+        writer.append(Thresholds(values=values, source="sweep"))
+        self.thresholds, self._until_sweep = values, rule.every
+
+    def record(self, observations: Sequence[Observation]) -> None:
+        """Write one step made of these parts, before noise is added.
+
+        Raises LedgerError, and UsageError for a mechanism without a bound; then nothing may be released.
+        """
+        phase, step, writer = self.mechanism(), self._step(observations), self.writer
+        if phase != self._phase:
+            writer.append(phase)
+            self._phase = phase
+        writer.append(step)
+        self._until_sweep = max(0, self._until_sweep - 1)
+
+    def _step(self, observations: Sequence[Observation]) -> Step:
+        positions, contributions = observations[0]
+        if len(observations) > 1:
+            positions = np.concatenate([p for p, _ in observations])
+            contributions = np.concatenate([c for _, c in observations])
+        if self.setting.sampling != "poisson":
+            # A replacement sampler may draw an instance twice: its vectors add up in the release.
+            positions, inverse = np.unique(positions, return_inverse=True)
+            total = np.bincount(inverse, contributions.astype(np.float64), len(positions))
+            contributions = round_up(total.astype(np.float64))
+        return Step(positions=positions, contributions=contributions)
+
+    def mechanism(self) -> Phase:
+        """What one step of the optimizer does now. Raises UsageError PIA070 when it has no bound."""
+        optimizer, setting, groups = self.optimizer, self.setting, self.optimizer.param_groups
+        return Phase(
+            kind=setting.kind,
+            sampling=setting.sampling,
+            sample_rate=setting.sample_rate,
+            noise_std=float(optimizer.noise_multiplier) * float(optimizer.max_grad_norm),
+            max_grad_norm=float(optimizer.max_grad_norm),
+            charging=setting.charging.name,
+            denominator=float(optimizer.expected_batch_size) if optimizer.loss_reduction == "mean" else 1.0,
+            learning_rate=max(float(group["lr"]) for group in groups),
+            weight_decay=max(float(group.get("weight_decay", 0.0)) for group in groups),
+            momentum=max(float(group.get("momentum", 0.0)) for group in groups),
+            optimizer=_optimizer_name(optimizer.original_optimizer),
+            grad_sample_mode=setting.grad_sample_mode,
+            plan_digest=setting.plan_digest,
+        )
+
+
+def _recorded_thresholds(ledger: Ledger) -> tuple[NDArray[np.float32] | None, NDArray[np.float32] | None]:
+    """Thresholds last stated as fixed, and those in force: a resume leaves behind what was stated after
+    it."""
+    fixed = in_force = None
+    steps = stated_at = 0
+    for event in ledger.events():
+        if isinstance(event, Thresholds):
+            in_force, stated_at = event.values, steps
+            fixed = event.values if event.source == "fixed" else fixed
+        elif isinstance(event, Resume) and stated_at >= event.at_step:
+            in_force = None
+        steps += isinstance(event, Step)
+    return fixed, in_force
+
+
+def _optimizer_name(optimizer: torch.optim.Optimizer) -> str:
+    """``"SGD"`` only when every parameter moves by one plain descent rule: bounds that need it look for
+    it."""
+    name, groups = type(optimizer).__name__, optimizer.param_groups
+    if type(optimizer) is not torch.optim.SGD:
+        return name if name != "SGD" else "a class named SGD"
+    if len({(float(g["lr"]), float(g["weight_decay"]), float(g["momentum"])) for g in groups}) > 1:
+        return "SGD with different groups"
+    return "SGD maximizing" if any(g["maximize"] for g in groups) else "SGD"
