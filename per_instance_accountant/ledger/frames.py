@@ -26,7 +26,9 @@ _FIELDS: Final = struct.Struct("<4sHHIQ")
 _CHECK: Final = struct.Struct("<I")
 HEADER_SIZE: Final = _FIELDS.size + _CHECK.size
 CHAIN_SIZE: Final = 32
-TRAILER_SIZE: Final = _CHECK.size + CHAIN_SIZE
+END: Final = b"\xa5"
+"""Last byte of a frame, with four bits set: no single flipped bit makes it look like a byte never written."""
+TRAILER_SIZE: Final = _CHECK.size + CHAIN_SIZE + len(END)
 BLOCK: Final = 1 << 20
 
 ReadAt = Callable[[int, int], bytes]
@@ -49,13 +51,13 @@ def seal(key: bytes, previous: bytes, kind: int, sequence: int, payload: bytes) 
     """Bytes of the next frame and its chain value ``BLAKE2b(key, previous || header || payload)``.
 
     >>> frame, chain = seal(bytes(32), GENESIS, MARK, 1, b"")
-    >>> len(frame), frame[-32:] == chain
-    (60, True)
+    >>> len(frame), frame[-33:-1] == chain
+    (61, True)
     """
     fields = _FIELDS.pack(MAGIC, VERSION, kind, len(payload), sequence)
     header = fields + _CHECK.pack(crc32(fields))
     chain = _chain(key, previous, header, payload).digest()
-    return b"".join((header, payload, _CHECK.pack(crc32(payload)), chain)), chain
+    return b"".join((header, payload, _CHECK.pack(crc32(payload)), chain, END)), chain
 
 
 def _chain(key: bytes, previous: bytes, header: bytes, payload: bytes) -> blake2b:
@@ -95,11 +97,11 @@ def _next_frame(
     header = window.take(HEADER_SIZE, offset)
     if len(header) < HEADER_SIZE:
         return None
-    magic, version, kind, length, number = _FIELDS.unpack_from(header)
-    if _CHECK.unpack_from(header, _FIELDS.size)[0] != crc32(header[: _FIELDS.size]) or magic != MAGIC:
+    if not _is_sound(header):
         if window.is_zero(offset + HEADER_SIZE):
             return None
         damaged(sequence, offset, "the header is not one that was written")
+    _, version, kind, length, number = _FIELDS.unpack_from(header)
     if version != VERSION:
         _refuse_version(version)
     if number != sequence:
@@ -112,10 +114,15 @@ def _next_frame(
     start = offset + HEADER_SIZE
     problem, chain = _verify(window, key, previous, header, start, length)
     if problem is not None:
-        if window.is_zero(end - CHAIN_SIZE):
+        if window.is_zero(end - len(END)):
             return None
         damaged(sequence, offset, problem)
     return Frame(kind, sequence, offset, end, window.take(length, start), chain)
+
+
+def _is_sound(header: bytes) -> bool:
+    checksum = _CHECK.unpack_from(header, _FIELDS.size)[0]
+    return header.startswith(MAGIC) and checksum == crc32(header[: _FIELDS.size])
 
 
 def _verify(
@@ -131,8 +138,10 @@ def _verify(
     trailer, chain = window.take(TRAILER_SIZE, start + length), state.digest()
     if len(trailer) < TRAILER_SIZE or _CHECK.unpack_from(trailer)[0] != checksum:
         return "the payload checksum differs", chain
-    if trailer[_CHECK.size :] != chain:
+    if trailer[_CHECK.size : -len(END)] != chain:
         return "the chain value differs: rewritten frames, or a key file of another ledger", chain
+    if not trailer.endswith(END):
+        return "its end mark differs", chain
     return None, chain
 
 
