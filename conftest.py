@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from pathlib import Path
 from typing import Any
 
 from sybil import Example, Sybil
@@ -13,8 +14,11 @@ from tests.readme.shell_lines import check, commands_in
 
 
 def _evaluate_shell(example: Example) -> None:
+    """README's audit and plan must find the ledger that its Python block wrote, or they would only be parsed."""
     for words in commands_in(example.parsed):
         check(words)
+        if Path(example.path).name == "README.md" and words[:2] in (["pia", "audit"], ["pia", "plan"]):
+            assert Path(words[2]).exists()
 
 
 def _enter(namespace: dict[str, Any]) -> None:
