@@ -15,10 +15,11 @@ from per_instance_accountant.divergence.orders import (
 
 
 def rdp_to_epsilon(orders: ArrayLike, rdp: ArrayLike, delta: float) -> float | NDArray[np.float64]:
-    """Smallest epsilon, over the given orders, at which an RDP curve implies (epsilon, delta)-DP; upper bound.
+    """Smallest epsilon over the given orders at which an RDP curve implies (epsilon, delta)-DP, rounded up.
 
     orders: (m,), each above 1. rdp: (m,) -> float, or (n, m) -> (n,), in nats. delta in [0, 1].
-    Orders whose rdp is inf are skipped; if all are, the result is inf. delta = 0 gives inf unless the curve is 0.
+    Orders whose rdp is inf are skipped; if all are, the result is inf. delta = 1 gives 0; delta = 0 gives inf
+    unless the whole curve is 0.
     Source: Canonne, Kamath and Steinke 2020, Proposition 12, minimised over the orders, not below 0.
     Raises UsageError PIA070 (NaN or negative rdp, delta outside [0, 1]) or PIA071 (shapes).
 
@@ -41,10 +42,10 @@ def rdp_to_epsilon(orders: ArrayLike, rdp: ArrayLike, delta: float) -> float | N
 
 
 def rdp_to_delta(orders: ArrayLike, rdp: ArrayLike, epsilon: float) -> float | NDArray[np.float64]:
-    """Smallest delta, over the given orders, at which an RDP curve implies (epsilon, delta)-DP; upper bound in [0, 1].
+    """Smallest delta over the given orders at which an RDP curve implies (epsilon, delta)-DP, rounded up.
 
     orders: (m,), each above 1. rdp: (m,) -> float, or (n, m) -> (n,), in nats. epsilon in [0, inf].
-    Source: Canonne, Kamath and Steinke 2020, Proposition 12, solved for delta.
+    The result is in [0, 1]. Source: Canonne, Kamath and Steinke 2020, Proposition 12, solved for delta.
     Raises UsageError PIA070 (NaN or negative rdp or epsilon) or PIA071 (shapes).
 
     >>> round(rdp_to_delta([2.0, 5.5, 8.0], [1.0, 2.75, 4.0], 4.728924276), 9)

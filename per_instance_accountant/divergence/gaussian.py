@@ -1,4 +1,4 @@
-"""Gaussian differential privacy: exact (epsilon, delta) of ``N(0, 1)`` against ``N(mu, 1)``, rounded to the safe side."""
+"""Gaussian DP: exact (epsilon, delta) of ``N(0, 1)`` against ``N(mu, 1)``, rounded to the safe side."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from per_instance_accountant.divergence.orders import ROUNDING, as_nonnegative, 
 Floats = NDArray[np.float64]
 
 _SLACK: Final = 1e-12
-"""Absolute slack on log delta; the error of its evaluation is below a tenth of it (docs/math/conversions.md)."""
+"""Slack on log delta, above the error of its evaluation (docs/math/conversions.md)."""
 _X4, _W4 = np.polynomial.legendre.leggauss(6)
 _TAIL: Final = [float((-1) ** k * math.prod(range(2 * k + 1, 0, -2))) for k in range(25, -1, -1)]
 
@@ -47,8 +47,11 @@ def _log_delta(mu: Floats, x: Floats) -> Floats:
         weight * _mills_slope(right + width / 2 * (1 + node)) for node, weight in zip(_X4, _W4, strict=True)
     )
     difference = np.where(mu <= width, integral * width / 2, difference)
-    with np.errstate(divide="ignore"):
-        tail = -0.5 * right * right - 0.5 * math.log(2 * math.pi) + np.log(difference)
+    tail = (
+        -0.5 * right * right
+        - 0.5 * math.log(2 * math.pi)
+        + np.log(np.maximum(difference, np.nextafter(0.0, 1.0)))
+    )
     left = np.minimum(x, -1.0)
     density = np.exp(-0.5 * np.minimum(left * left, 2000.0)) / math.sqrt(2 * math.pi)
     bulk = np.log(np.maximum(ndtr(-left) - density * _mills(np.maximum(left + mu, 0.0)), 1e-300))
@@ -76,9 +79,9 @@ def _scalar_or_array(value: Floats, shape: tuple[int, ...]) -> float | Floats:
 def gaussian_delta(mu: ArrayLike, epsilon: ArrayLike) -> float | Floats:
     """Smallest delta at which mu-GDP implies (epsilon, delta)-DP, rounded up, in [0, 1].
 
-    mu, epsilon: scalars or arrays that broadcast, in [0, inf]; returns the broadcast shape (float for scalars).
-    ``Phi(mu / 2 - epsilon / mu) - e^epsilon Phi(-mu / 2 - epsilon / mu)`` (Balle and Wang 2018, Theorem 8; Dong,
-    Roth and Su 2022, Corollary 2.13), evaluated as a difference of Mills ratios, docs/math/conversions.md.
+    mu, epsilon: scalars or arrays in [0, inf] that broadcast. Returns the broadcast shape, float for scalars.
+    ``Phi(mu / 2 - epsilon / mu) - e^epsilon Phi(-mu / 2 - epsilon / mu)`` (Balle and Wang 2018, Theorem 8),
+    evaluated as a difference of Mills ratios, docs/math/conversions.md.
     Raises UsageError PIA070 or PIA071.
 
     >>> round(gaussian_delta(1.0, 1.0), 10)

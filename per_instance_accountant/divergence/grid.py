@@ -1,4 +1,4 @@
-"""A grid of sensitivities on which the RDP of one step is tabulated once and then only looked up, rounding up."""
+"""A grid of sensitivities: the RDP of one step is tabulated on it once and then looked up, rounding up."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _MANTISSA_BITS = 52
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SensitivityGrid:
-    """Nodes in ``v = (threshold / clip_norm)^2``: 0 and ``2^-e (1 + m / 2^bits)`` down to ``2^-octaves``, up to 1.
+    """Nodes in ``v = (threshold / clip_norm)^2``: 0, then ``2^-e (1 + m / 2^bits)`` from ``2^-octaves`` to 1.
 
     The RDP of one step is convex and increasing in v at every order above 1 (our derivation,
-    docs/math/sampled_gaussian.md), so ``(1 - weight) * table[lower] + weight * table[lower + 1]`` bounds it from
-    above at every v in [0, 1]; it is exact at the nodes, in particular at v = 1 and v = 0.
+    docs/math/sampled_gaussian.md), so ``(1 - weight) * table[lower] + weight * table[lower + 1]`` bounds it
+    from above at every v in [0, 1]; it is exact at the nodes, in particular at v = 1 and v = 0.
     Nodes sit at float64 bit positions, so no search is needed and every weight is exact, not rounded.
 
     >>> grid = SensitivityGrid()

@@ -105,7 +105,7 @@ def interpolate_rdp(orders: ArrayLike, rdp: ArrayLike, order: ArrayLike) -> NDAr
     Raises UsageError PIA070 or PIA071.
 
     >>> interpolate_rdp([2.0, 4.0], [1.0, 2.0], [1.5, 3.0, 4.0, 5.0]).tolist()
-    [1.0, 1.7500000000000031, 2.0, inf]
+    [1.0, 1.750000000000003, 2.0, inf]
     """
     grid, curve = as_curve(orders, rdp)
     wanted = as_float_array("order", order, 1)

@@ -22,10 +22,12 @@ Floats = NDArray[np.float64]
 
 INFLATION: Final = 2e-10
 """Relative amount by which computed values are raised; their error is below a quarter of it."""
-_SMALLEST_RATE: Final = 1e-30
+_SMALLEST_RATE: Final = 1e-15
 _SMALLEST_RATIO: Final = 1e-40
 _LARGEST_RATIO: Final = 1e6
 _SAFE_EXPONENT: Final = 300.0
+_LONGEST_SUM: Final = 1024
+"""Most terms that are summed in logarithms; beyond it quadrature is cheaper and as exact."""
 
 
 def gaussian_rdp(ratios: ArrayLike, orders: ArrayLike) -> Floats:
@@ -45,17 +47,17 @@ def gaussian_rdp(ratios: ArrayLike, orders: ArrayLike) -> Floats:
 def sampled_gaussian_rdp(sample_rate: float, ratios: ArrayLike, orders: ArrayLike) -> Floats:
     """Upper bound, in nats, of the RDP of one Poisson-subsampled Gaussian step, in both directions.
 
-    sample_rate in [0, 1]. ratios: scalar or (n,), sensitivity / noise std in [0, inf]. orders: scalar or (m,) in
-    (1, 16384]. Returns (n, m): ``D_order((1 - q) N(0, 1) + q N(ratio, 1) || N(0, 1))``, the larger direction
-    (Mironov, Talwar and Zhang 2019, Theorem 5), at most 1e-9 above the exact value relative to it, never below.
-    ratio 0 or sample_rate 0 gives exactly 0, ratio inf gives inf, sample_rate 1 exactly ``order ratio^2 / 2``.
-    Below sample_rate 1e-30 and ratio 1e-40, and above ratio 1e6, the value is a looser upper bound.
-    Integer orders: excess form of the finite sum of the same paper; others: quadrature (our derivation); errors
-    in docs/math/sampled_gaussian.md.
+    sample_rate in [0, 1]. ratios: scalar or (n,), sensitivity / noise std in [0, inf]. orders: scalar or (m,)
+    in (1, 16384]. Returns (n, m): ``D_order((1 - q) N(0, 1) + q N(ratio, 1) || N(0, 1))``, the larger
+    direction (Mironov, Talwar and Zhang 2019, Theorem 5), never below the exact value and at most 1e-9 of it
+    above. ratio 0 or sample_rate 0 gives exactly 0, ratio inf gives inf, sample_rate 1 gives
+    ``order ratio^2 / 2``. For sample_rate below 1e-15 and ratio above 1e6 the upper bound is looser.
+    Integer orders: the finite sum of the same paper without its cancellation; others: quadrature (our
+    derivation). Both, with their errors, in docs/math/sampled_gaussian.md.
     Raises UsageError PIA070 or PIA071.
 
-    >>> [round(x * 1e4, 9) for x in sampled_gaussian_rdp(0.01, 1.0, [1.5, 2.0, 8.0])[0]]
-    [1.272537434, 1.718134221, 8.936439078]
+    >>> sampled_gaussian_rdp(0.01, 1.0, [1.5, 2.0, 8.0]).round(12).tolist()
+    [[0.000127253743, 0.000171813422, 0.000893643908]]
     """
     rate = as_float_array("sample_rate", sample_rate, 0).item()
     if not 0 <= rate <= 1:
@@ -72,9 +74,11 @@ def sampled_gaussian_rdp(sample_rate: float, ratios: ArrayLike, orders: ArrayLik
     result = unsampled * (1 + 1e-15)
     inner = (r > 0) & (r <= _LARGEST_RATIO)
     if inner.any():
-        value = _two_kernels(max(rate, _SMALLEST_RATE), r[inner], grid) * (1 + INFLATION)
-        # An underflow is raised to the smallest float: only ratio 0 costs nothing.
-        result[inner] = np.minimum(result[inner], value) + 0.0
+        with np.errstate(all="ignore"):
+            value = _two_kernels(max(rate, _SMALLEST_RATE), r[inner], grid) * (1 + INFLATION)
+        # fmin: the bound without sampling stands in for a value that could not be represented.
+        result[inner] = np.fmin(result[inner], value)
+    # An underflow is raised to the smallest float: only ratio 0 costs nothing.
     positive = (r > 0)[:, None] & (result == 0)
     result[positive] = np.nextafter(0.0, 1.0)
     return result
@@ -104,27 +108,33 @@ def _integer_log_moments(q: float, ratios: Floats, orders: Floats) -> Floats:
             log_pmf = _log_binomial(int(order), q)
             result[rows, column] = np.log1p(growth[:, : log_pmf.size] @ np.exp(log_pmf))
             large = order * (order - 1) / 2 * square > _SAFE_EXPONENT
-            if large.any():
-                result[rows[large], column] = _large_log_moment(int(order), q, square[large], log_pmf)
+            if not large.any():
+                continue
+            result[rows[large], column] = _large_log_moments(q, ratios[rows[large]], float(order), log_pmf)
     return result
 
 
-def _large_log_moment(order: int, q: float, square: Floats, log_pmf: Floats) -> Floats:
-    """``log A`` where powers overflow: the same sum in logarithms, (n,)."""
-    result = np.empty(square.size)
-    k = np.arange(2, order + 1, dtype=np.float64)
-    # Where order ratio^2 / 2 >= log(order / q) + 5 every term below the last is smaller by at least e^-5.
-    top = order * square / 2 >= math.log(order / q) + 5
-    for chosen, first in ((top, max(k.size - 64, 0)), (~top, 0)):
-        if chosen.any():
-            exponent = np.outer(square[chosen], k[first:] * (k[first:] - 1) / 2)
-            terms = log_pmf[first:] + np.where(
-                exponent > 40, exponent, np.log(np.expm1(np.clip(exponent, 1e-300, 40.0)))
-            )
-            peak = terms.max(axis=1)
-            total = peak + np.log(np.exp(terms - peak[:, None]).sum(axis=1))
-            result[chosen] = np.logaddexp(0.0, total)
+def _large_log_moments(q: float, ratios: Floats, order: float, log_pmf: Floats) -> Floats:
+    """``log A``, (n,), where the terms of the sum overflow."""
+    result = np.empty(ratios.size)
+    # Where order ratio^2 / 2 >= log(order / q) + 5 each of the last terms is e^5 times the one before it.
+    steep = order * ratios**2 / 2 >= math.log(order / q) + 5
+    flat = ~steep
+    result[steep] = _sum_in_logs(order, ratios[steep] ** 2, log_pmf[-64:])
+    if order <= _LONGEST_SUM:
+        result[flat] = _sum_in_logs(order, ratios[flat] ** 2, log_pmf)
+    elif flat.any():
+        result[flat] = quadrature.log_moments(q, ratios[flat], np.array([order]))[:, 0]
     return result
+
+
+def _sum_in_logs(order: float, square: Floats, log_pmf: Floats) -> Floats:
+    """``log A``, (n,), by the sum over the last terms, whose log binomial weights are given."""
+    k = order - np.arange(log_pmf.size - 1, -1, -1)
+    exponent = np.outer(square, k * (k - 1) / 2)
+    terms = log_pmf + np.where(exponent > 40, exponent, np.log(np.expm1(np.minimum(exponent, 40.0))))
+    peak = terms.max(axis=1)
+    return np.asarray(np.logaddexp(0.0, peak + np.log(np.exp(terms - peak[:, None]).sum(axis=1))))
 
 
 def _log_binomial(n: int, q: float) -> Floats:
