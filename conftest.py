@@ -14,7 +14,7 @@ from tests.readme.shell_lines import check, commands_in
 
 
 def _evaluate_shell(example: Example) -> None:
-    """README's audit and plan must find the ledger that its Python block wrote, or they would only be parsed."""
+    """README's audit and plan must find the ledger of its Python block, or they would only be parsed."""
     for words in commands_in(example.parsed):
         check(words)
         if Path(example.path).name == "README.md" and words[:2] in (["pia", "audit"], ["pia", "plan"]):

@@ -254,6 +254,15 @@ def _needs_extra(missing: str) -> MissingDependencyError:
     )
 
 
+def _file_refused(error: OSError) -> UsageError:
+    return UsageError(
+        "PIA070",
+        f"{error.filename or 'a file'} was refused by the system ({error.strerror})",
+        "What the command would have written there does not exist",
+        "name files that exist and directories that can be written",
+    )
+
+
 def run() -> None:
     """Run the command line; an error of the package becomes its message on stderr and an exit code."""
     for stream in (sys.stdout, sys.stderr):
@@ -262,6 +271,8 @@ def run() -> None:
         app(prog_name="pia")
     except PiaError as error:
         _fail(error)
+    except OSError as error:
+        _fail(_file_refused(error))
     except ModuleNotFoundError as error:
         if error.name not in _EXTRA_OF:
             raise

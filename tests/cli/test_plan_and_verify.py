@@ -67,6 +67,13 @@ def test_a_plan_is_the_rooms_plan_and_its_file_is_private(pia: Pia, runs: Path, 
     assert "1017" not in done.err
 
 
+@pytest.mark.parametrize("place", ["missing/plan.json", "."])
+def test_a_plan_that_cannot_be_written_exits_with_2(pia: Pia, runs: Path, tmp_path: Path, place: str) -> None:
+    done = pia(*request(runs, "--output", tmp_path / place))
+    assert (done.code, done.out) == (2, "")
+    assert "PIA070" in done.err
+
+
 def test_shown_values_are_bounds_with_their_basis(pia: Pia, runs: Path) -> None:
     shown = pia(*request(runs))
     rows = list(csv.DictReader(io.StringIO(pia(*request(runs, "--format", "csv")).out)))
