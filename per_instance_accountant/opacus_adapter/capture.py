@@ -267,9 +267,10 @@ class Tracker:
         self._hook = hook
 
     def _check_rate(self, hook: Callable[[DPOptimizer], None] | None) -> None:
+        setting = self.recorder.setting
         closure = inspect.getclosurevars(hook).nonlocals if inspect.isfunction(hook) else {}
-        assumed, actual = closure.get("sample_rate"), self.recorder.setting.sample_rate
-        if isinstance(assumed, float) and assumed < actual * (1 - 1e-9):
+        assumed, actual = closure.get("sample_rate"), setting.sample_rate
+        if setting.sampling == "poisson" and isinstance(assumed, float) and assumed < actual * (1 - 1e-9):
             raise GuaranteeError(
                 "PIA010",
                 f"Opacus' accountant assumes sample rate {assumed}, the loader samples at {actual}",
