@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -11,14 +12,23 @@ from typing import Literal, NoReturn, Self, final
 
 from per_instance_accountant.errors import LedgerError, UsageError
 from per_instance_accountant.ledger import frames
-from per_instance_accountant.ledger.encoding import StoredRun, checked_run, decode_run, encode, encode_run
+from per_instance_accountant.ledger.encoding import (
+    MAX_RUN,
+    StoredRun,
+    checked_run,
+    decode_run,
+    encode,
+    encode_run,
+)
 from per_instance_accountant.ledger.progress import Progress
 from per_instance_accountant.ledger.reader import Anchor, Ledger, RunningDigest, Walk, walk_to_end
 from per_instance_accountant.ledger.records import Event, Resume, Run
 from per_instance_accountant.ledger.storage import (
     KEY_NAME,
+    KEY_SIZE,
     LOG_NAME,
     DirectoryLog,
+    DirectorySource,
     Log,
     Memory,
     Source,
@@ -74,7 +84,7 @@ class LedgerWriter:
         _refuse_foreign(directory)
         log = DirectoryLog(directory, create=True)
         try:
-            _refuse_facts(directory, log)
+            _refuse_facts(directory)
             log.truncate(0)
             make_private(directory)
             return cls._begin(log, directory_source(directory), payload, fsync)
@@ -252,14 +262,12 @@ def _refuse_foreign(directory: Path) -> None:
         )
 
 
-def _refuse_facts(directory: Path, log: DirectoryLog) -> None:
+def _refuse_facts(directory: Path) -> None:
     """Only a log without a whole frame (an interrupted creation) may be started afresh."""
-    if log.end == 0:
-        return
-    try:
-        walk_to_end(directory_source(directory))
-    except LedgerError as error:
-        if error.code == "PIA041":
+    # The key may be gone while the facts are not, so it has no say: under a wrong one a whole frame is an error.
+    source = DirectorySource(directory, bytes(KEY_SIZE))
+    with source.reading() as (read_at, size), suppress(LedgerError):
+        if next(frames.read_frames(read_at, size, source.key, lambda kind: MAX_RUN), None) is None:
             return
     raise LedgerError(
         "PIA045",

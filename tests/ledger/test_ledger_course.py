@@ -184,5 +184,5 @@ def count_steps(events: list[Event], until: Event) -> int:
     return count
 
 
-Course.TestCase.settings = settings(max_examples=25, stateful_step_count=20, deadline=None, derandomize=True)
+Course.TestCase.settings = settings(max_examples=20, stateful_step_count=20, deadline=None, derandomize=True)
 TestCourse = Course.TestCase
