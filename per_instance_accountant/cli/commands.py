@@ -180,12 +180,26 @@ def unlearn(
     ledger: LedgerOption,
     checkpoint: Annotated[str, typer.Option("--checkpoint", help="Trained model.", show_default=False)],
     dataset: Annotated[
-        str, typer.Option("--data", metavar="MODULE:ATTR", help="Training set.", show_default=False)
+        str,
+        typer.Option(
+            "--data",
+            metavar="MODULE:ATTR",
+            help="Retained instances, a torch Subset of the training set.",
+            show_default=False,
+        ),
     ],
-    model: Annotated[str, typer.Option("--model", metavar="MODULE:ATTR", help="Model.", show_default=False)],
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            metavar="MODULE:ATTR",
+            help="Architecture; weights come from --checkpoint.",
+            show_default=False,
+        ),
+    ],
     output: Annotated[str, typer.Option("--output", help="Directory for the results.", show_default=False)],
     criterion: Annotated[
-        str, typer.Option("--criterion", metavar="MODULE:ATTR", help="Loss.")
+        str, typer.Option("--criterion", metavar="MODULE:ATTR", help="Training loss, mean reduction.")
     ] = "torch.nn:CrossEntropyLoss",
     output_format: FormatOption = Format.TABLE,
 ) -> None:
@@ -204,7 +218,7 @@ def unlearn(
         output=output,
         progress=True,
     )
-    document = {"certificate": str(run.certificate)}
+    document = {"certificate": str(run.certificate), "model": str(run.checkpoint), "steps": run.steps}
     emit(Page(head=[], tables=[Table.of([document])], document=document), output_format)
 
 

@@ -149,7 +149,7 @@ def test_unlearn_hands_everything_to_the_room(
 
     def run_plan(plan: object, **rest: object) -> object:
         seen.update(rest, plan=plan)
-        return SimpleNamespace(certificate=tmp_path / "certificate.json")
+        return SimpleNamespace(certificate=Path("out/c.json"), checkpoint=Path("out/model.pt"), steps=7)
 
     loader = SimpleNamespace(load=lambda path: f"plan at {path}")
     monkeypatch.setattr(per_instance_accountant.finetuning, "run_plan", run_plan, raising=False)
@@ -162,7 +162,8 @@ def test_unlearn_hands_everything_to_the_room(
         *("--data", "cli_fixture_module:rows", "--model", "cli_fixture_module:model"),
         *("--criterion", "collections:OrderedDict", "--format", "json"),
     )
-    assert (done.code, json.loads(done.out)) == (0, {"certificate": str(tmp_path / "certificate.json")})
+    assert done.code == 0
+    assert json.loads(done.out) == {"certificate": "out/c.json", "model": "out/model.pt", "steps": 7}
     assert seen == {
         "plan": "plan at plan.json",
         "ledger": "runs/a",
