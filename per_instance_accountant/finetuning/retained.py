@@ -1,0 +1,80 @@
+"""Which instances a run may touch: all that were trained on and never asked to be forgotten, and no other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from torch.utils.data import Dataset, Subset
+
+from per_instance_accountant.errors import PlanError, UsageError
+from per_instance_accountant.ledger import Ledger
+from per_instance_accountant.ledger.records import Thresholds
+from per_instance_accountant.unlearning import UnlearningPlan
+
+
+def retained_positions(
+    ledger: Ledger, forget: NDArray[np.int64], dataset: Dataset[Any], positions: ArrayLike | None
+) -> NDArray[np.int64]:
+    """Training positions of the rows of ``dataset``; they must be exactly the retained ones.
+
+    Raises PlanError PIA034 when one must be forgotten or a retained one is missing, UsageError PIA071 when
+    the positions cannot be told.
+    """
+    rows = _rows(dataset, positions)
+    gone = np.union1d(forget, _forgotten(ledger))
+    held = int(np.isin(rows, gone).sum())
+    if held:
+        raise PlanError(
+            "PIA034",
+            f"{held} rows of the data are instances that must be forgotten",
+            "A step that draws them would undo the deletion",
+            "Subset(dataset, retained) with retained = np.setdiff1d(np.arange(N), forgotten)",
+        )
+    expected = np.setdiff1d(np.arange(ledger.num_instances), gone)
+    if not np.array_equal(np.sort(rows), expected):
+        raise PlanError(
+            "PIA034",
+            f"the data hold {len(rows)} rows, not exactly the {len(expected)} retained instances",
+            "The reference is retraining on all retained instances",
+            "Subset(dataset, retained) with retained = np.setdiff1d(np.arange(N), forgotten)",
+        )
+    return rows
+
+
+def _rows(dataset: Dataset[Any], positions: ArrayLike | None) -> NDArray[np.int64]:
+    count = len(dataset)  # type: ignore[arg-type]
+    given = getattr(dataset, "indices", None) if positions is None else positions
+    if positions is None and not isinstance(dataset, Subset):
+        given = None
+    rows = np.asarray(given if given is not None else [])
+    if given is None or rows.shape != (count,) or rows.dtype.kind not in "iu":
+        raise UsageError(
+            "PIA071",
+            f"the data have {count} rows whose training positions are not known",
+            "Nobody could tell whether a deleted instance is among them",
+            "run_plan(dataset=torch.utils.data.Subset(training_set, retained), ...) or positions=retained",
+        )
+    return rows.astype(np.int64)
+
+
+def _forgotten(ledger: Ledger) -> NDArray[np.int64]:
+    """Positions that earlier requests excluded."""
+    gone = np.zeros(ledger.num_instances, dtype=bool)
+    for event in ledger.events():
+        if isinstance(event, Thresholds) and event.source == "forget":
+            gone |= event.values == 0
+    return np.flatnonzero(gone)
+
+
+def forget_thresholds(ledger: Ledger, plan: UnlearningPlan, forget: NDArray[np.int64]) -> Thresholds:
+    """Thresholds of the last training step, with the forget set at zero."""
+    in_force = None
+    for event in ledger.events():
+        if isinstance(event, Thresholds):
+            in_force = event.values
+    clip = np.float32(plan.mechanism.max_grad_norm)
+    values = np.full(ledger.num_instances, clip, dtype=np.float32) if in_force is None else in_force.copy()
+    values[forget] = 0
+    return Thresholds(values=values, source="forget")

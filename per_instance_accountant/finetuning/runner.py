@@ -1,0 +1,290 @@
+"""Carrying out a plan: noisy fine-tuning on the retained instances, recorded step by step, then certified.
+
+A step that was interrupted is repeated with the SAME batch and the SAME noise: both follow from a secret
+drawn once per run and the number of the step. So a killed run loses no step, and no release is ever made
+twice with fresh noise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from opacus import GradSampleModule
+from opacus.data_loader import DPDataLoader
+from opacus.optimizers import DPOptimizer
+from torch import nn
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from per_instance_accountant.accounting import FixedThresholds, WorstCase
+from per_instance_accountant.errors import PlanError, UnsupportedError
+from per_instance_accountant.finetuning.files import (
+    Progress,
+    load_module,
+    load_progress,
+    save_module,
+    save_progress,
+)
+from per_instance_accountant.finetuning.retained import forget_thresholds, retained_positions
+from per_instance_accountant.ledger import Ledger, LedgerWriter
+from per_instance_accountant.ledger.records import Step, Thresholds
+from per_instance_accountant.opacus_adapter import attach
+from per_instance_accountant.unlearning import Certificate, UnlearningPlan, issue
+
+SAVE_EVERY = 25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnlearningRun:
+    """What a finished run leaves: the model, its file, the certificate and its file."""
+
+    module: nn.Module
+    checkpoint: Path
+    certificate: Path
+    content: Certificate
+    steps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """One plan, ready to run. ``retained``: dataset positions behind the rows of ``dataset``."""
+
+    plan: UnlearningPlan
+    steps: int
+    module: nn.Module
+    dataset: Dataset[Any]
+    retained: NDArray[np.int64]
+    criterion: Callable[[Any, Any], torch.Tensor]
+    forget: Thresholds
+    individual: bool
+
+
+def run_plan(
+    plan: UnlearningPlan | str | os.PathLike[str],
+    *,
+    ledger: str | os.PathLike[str],
+    module: nn.Module,
+    dataset: Dataset[Any],
+    criterion: Callable[[Any, Any], torch.Tensor],
+    checkpoint: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    positions: ArrayLike | None = None,
+    seed: int | None = None,
+    progress: bool = True,
+) -> UnlearningRun:
+    """Fine-tune ``module`` by the plan's noisy steps on the retained instances only, and certify it.
+
+    ledger: directory of the ledger that the plan was made for; the steps are appended to it. module: the
+    model's architecture; its weights are read from ``checkpoint`` (a state dict, or a file of
+    ``save_checkpoint``). dataset: the retained instances, as a ``torch.utils.data.Subset`` of the training
+    set, or any dataset with ``positions`` (the training positions of its rows). criterion: the training
+    loss, with mean reduction. output: directory for the model (``model.pt``) and the certificate; a killed
+    run is continued from there. seed: makes batches and noise repeatable for tests and demonstrations;
+    whoever knows it can remove the noise, so leave it None for a certificate that is to be relied on.
+
+    Same sampling rate, normaliser, noise, learning rate and weight decay as the last training phase.
+
+    Raises PlanError PIA030 (unreachable plan), PIA033 (plan of another moment of the ledger), PIA034 (the
+    data hold an instance that must be forgotten, or not all the others), UnsupportedError PIA060 (a
+    mechanism that was not Poisson-sampled plain SGD), LedgerError, CertificateError. Nothing is written
+    then.
+    """
+    plan = plan if isinstance(plan, UnlearningPlan) else UnlearningPlan.load(plan)
+    steps = _planned_steps(plan)
+    directory = Path(output)
+    opened = Ledger.open(ledger)
+    forget = opened.positions_of(list(plan.ids))
+    retained = retained_positions(opened, forget, dataset, positions)
+    saved = load_progress(directory, plan.digest)
+    _refuse_other_moment(plan, opened, resuming=saved is not None)
+    job = _Job(
+        plan=plan,
+        steps=steps,
+        module=module,
+        dataset=dataset,
+        retained=retained,
+        criterion=criterion,
+        forget=forget_thresholds(opened, plan, forget),
+        individual=opened.phases[-1].charging == FixedThresholds.name,
+    )
+    if saved is None:
+        load_module(module, checkpoint)
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        secret = secrets.token_bytes(16) if seed is None else secret_of(seed)
+        saved = Progress(steps=0, secret=secret)
+        save_progress(directory, plan.digest, saved, module)
+    else:
+        module.load_state_dict(saved.weights)
+    _take_all(job, Path(ledger), directory, saved, progress)
+    return _finish(job, Path(ledger), Path(checkpoint), directory)
+
+
+def _planned_steps(plan: UnlearningPlan) -> int:
+    if plan.steps is None:
+        raise PlanError(
+            "PIA030",
+            f"the plan is unreachable: its best value is {plan.value:.6g} for a target of {plan.target:.6g}",
+            "No number of steps carries the promise",
+            "retrain without the instances, or plan(..., target_epsilon=...) with a larger target",
+        )
+    m = plan.mechanism
+    if m.sampling != "poisson" or m.optimizer != "SGD" or m.momentum != 0:
+        raise UnsupportedError(
+            "PIA060",
+            f"the last training phase used {m.sampling} batches and {m.optimizer} with momentum {m.momentum}",
+            "The runner repeats Poisson-sampled plain SGD only",
+            "train with poisson_sampling=True and torch.optim.SGD without momentum, or retrain",
+        )
+    return plan.steps
+
+
+def _refuse_other_moment(plan: UnlearningPlan, ledger: Ledger, *, resuming: bool) -> None:
+    """The ledger must end where the plan was made, or hold nothing after it but steps of this plan."""
+    untouched = ledger.anchor == plan.anchor
+    if not untouched and not (
+        ledger.holds(plan.anchor) and (resuming or ledger.num_steps == plan.anchor.steps)
+    ):
+        raise PlanError(
+            "PIA033",
+            f"the plan was made after {plan.anchor.steps} steps, the ledger holds {ledger.num_steps}",
+            "The plan covers no step that was taken after it",
+            "plan again: plan(ledger, ids=ids, ...)",
+        )
+
+
+def _take_all(job: _Job, ledger: Path, directory: Path, saved: Progress, progress: bool) -> None:
+    """Repeat what the ledger holds beyond the saved weights, then take the remaining steps."""
+    recorded = Ledger.open(ledger).num_steps - job.plan.anchor.steps
+    bar = tqdm(
+        total=job.steps,
+        initial=saved.steps,
+        desc="unlearning",
+        unit="step",
+        disable=None if progress else True,
+    )
+    with closing(bar):
+        if saved.steps < recorded:
+            again = _recorded_steps(ledger, job.plan.anchor.steps + saved.steps)
+            with LedgerWriter.create(None, Ledger.open(ledger).run) as memory:
+                for number in _take(job, memory, saved, recorded):
+                    _refuse_difference(memory.ledger(), next(again), number)
+                    bar.update()
+        with LedgerWriter.resume(ledger) as writer:
+            for number in _take(job, writer, saved, job.steps, start=max(saved.steps, recorded)):
+                bar.update()
+                if (number + 1) % SAVE_EVERY == 0:
+                    writer.flush()
+                    save_progress(
+                        directory,
+                        job.plan.digest,
+                        Progress(steps=number + 1, secret=saved.secret),
+                        job.module,
+                    )
+    save_progress(directory, job.plan.digest, Progress(steps=job.steps, secret=saved.secret), job.module)
+
+
+def _take(
+    job: _Job, writer: LedgerWriter, saved: Progress, stop: int, start: int | None = None
+) -> Iterator[int]:
+    """Take the steps ``start .. stop-1`` on ``job.module`` and record them with ``writer``."""
+    start = saved.steps if start is None else start
+    writer.append(job.forget)
+    if start >= stop:
+        return
+    m, sampling, noise = job.plan.mechanism, torch.Generator(), torch.Generator()
+    wrapped = GradSampleModule(job.module, loss_reduction="mean")
+    optimizer = DPOptimizer(
+        torch.optim.SGD(wrapped.parameters(), lr=m.learning_rate, weight_decay=m.weight_decay),
+        noise_multiplier=m.noise_std / m.max_grad_norm,
+        max_grad_norm=m.max_grad_norm,
+        expected_batch_size=m.denominator,
+        generator=noise,
+    )
+    loader = DPDataLoader(job.dataset, sample_rate=m.sample_rate, generator=sampling)
+    _, tracked = attach(
+        optimizer,
+        loader,
+        module=wrapped,
+        ledger=writer,
+        charging=FixedThresholds() if job.individual else WorstCase(),
+        positions=job.retained,
+        kind="unlearn",
+        plan_digest=job.plan.digest,
+    )
+    try:
+        batches = _endless(tracked)
+        for number in range(start, stop):
+            reseed(sampling, noise, secret=saved.secret, step=number)
+            inputs, targets = next(batches)
+            optimizer.zero_grad()
+            job.criterion(wrapped(inputs), targets).backward()
+            optimizer.step()
+            yield number
+    finally:
+        wrapped.to_standard_module()
+
+
+def _endless(loader: Any) -> Iterator[Any]:
+    while True:
+        yield from loader
+
+
+def secret_of(seed: int) -> bytes:
+    """The secret that ``run_plan(seed=...)`` uses."""
+    return seed.to_bytes(16, "big", signed=True)
+
+
+def reseed(sampling: torch.Generator, noise: torch.Generator, *, secret: bytes, step: int) -> None:
+    """Set the generators of one unlearning step: batch and noise follow from the secret and the step's
+    number."""
+    for generator, purpose in ((sampling, b"batch"), (noise, b"noise")):
+        digest = hashlib.blake2b(purpose + step.to_bytes(8, "big"), key=secret, digest_size=8).digest()
+        generator.manual_seed(int.from_bytes(digest, "big"))
+
+
+def _recorded_steps(ledger: Path, first: int) -> Iterator[Step]:
+    steps = (event for event in Ledger.open(ledger).events() if isinstance(event, Step))
+    return (step for number, step in enumerate(steps) if number >= first)
+
+
+def _refuse_difference(repeated: Ledger, recorded: Step, number: int) -> None:
+    """A repeated step must draw the recorded instances, else its noise is not the recorded release's
+    either."""
+    last = None
+    for event in repeated.events():
+        last = event if isinstance(event, Step) else last
+    if last is None or not np.array_equal(last.positions, recorded.positions):
+        raise PlanError(
+            "PIA033",
+            f"unlearning step {number} cannot be repeated as it was recorded",
+            "A second release of the same step would be a step that no certificate covers",
+            "plan again: plan(ledger, ids=ids, ...), with the data and the seed of the first run",
+        )
+
+
+def _finish(job: _Job, ledger: Path, checkpoint: Path, directory: Path) -> UnlearningRun:
+    model, certificate = directory / "model.pt", directory / "certificate.json"
+    bad = sum(int((~torch.isfinite(value)).sum()) for value in job.module.state_dict().values())
+    if bad:
+        raise PlanError(
+            "PIA033",
+            f"{bad} weights are not finite after {job.steps} steps",
+            "A model that diverged is no result of the plan's mechanism",
+            "retrain without the instances",
+        )
+    save_module(job.module, model)
+    content = issue(job.plan, ledger, checkpoint, model)
+    content.save(certificate)
+    return UnlearningRun(
+        module=job.module, checkpoint=model, certificate=certificate, content=content, steps=job.steps
+    )
