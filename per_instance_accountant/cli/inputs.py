@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,22 @@ def _read_text(path: str, option: str) -> str:
         ) from error
 
 
+def _lines(text: str) -> list[str]:
+    return [line.removesuffix("\r") for line in text.split("\n")]
+
+
+def _integer(text: str) -> int:
+    """``int`` alone would also take ``1_000`` and digits of other scripts."""
+    if not re.fullmatch(r"\s*-?[0-9]+\s*", text):
+        raise ValueError
+    return int(text)
+
+
 def read_ids(text: str, kind: np.dtype[Any]) -> NDArray[Any]:
     """Ids from ``1,2,3``, or one on each line of ``@file`` or, for ``-``, of stdin, as the ledger's type.
 
-    text: the value of ``--ids``. kind: dtype of the ledger's ids. Returns (k,) ids in the order given.
+    text: the value of ``--ids``. kind: dtype of the ledger's ids. Returns (k,) ids in the order given. Lines of a
+    file are taken as they stand, spaces included, so that one id cannot be mistaken for another.
     Raises UsageError PIA070 for an unreadable file, PIA071 for no ids or for text where the ledger's ids are
     integers; the message never repeats an id.
 
@@ -38,16 +51,16 @@ def read_ids(text: str, kind: np.dtype[Any]) -> NDArray[Any]:
     [3, 17]
     """
     if text == "-":
-        parts = sys.stdin.read().splitlines()
+        parts = _lines(sys.stdin.read())
     elif text.startswith("@"):
-        parts = _read_text(text[1:], "--ids @file").splitlines()
+        parts = _lines(_read_text(text[1:], "--ids @file"))
     else:
-        parts = text.split(",")
-    ids = [part.strip() for part in parts if part.strip()]
+        parts = [part.strip() for part in text.split(",")]
+    ids = [part for part in parts if part]
     try:
         if not ids:
             raise ValueError
-        return np.array(ids) if kind.kind == "U" else np.array([int(one) for one in ids], dtype=kind)
+        return np.array(ids) if kind.kind == "U" else np.array([_integer(one) for one in ids], dtype=kind)
     except (ValueError, OverflowError) as error:
         raise UsageError(
             "PIA071",
