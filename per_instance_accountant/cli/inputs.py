@@ -42,8 +42,8 @@ def _integer(text: str) -> int:
 def read_ids(text: str, kind: np.dtype[Any]) -> NDArray[Any]:
     """Ids from ``1,2,3``, or one on each line of ``@file`` or, for ``-``, of stdin, as the ledger's type.
 
-    text: the value of ``--ids``. kind: dtype of the ledger's ids. Returns (k,) ids in the order given. Lines of a
-    file are taken as they stand, spaces included, so that one id cannot be mistaken for another.
+    text: the value of ``--ids``. kind: dtype of the ledger's ids. Returns (k,) ids in the order given. Lines
+    are taken as they stand, spaces included, so that one id cannot be mistaken for another.
     Raises UsageError PIA070 for an unreadable file, PIA071 for no ids or for text where the ledger's ids are
     integers; the message never repeats an id.
 
