@@ -106,17 +106,15 @@ class Progress:
         _check_arrays(positions, contributions)
         if not positions.size:
             return
-        rising = bool((positions[1:] > positions[:-1]).all())
-        ordered = positions if rising else np.sort(positions)
-        if not rising and not bool((ordered[1:] > ordered[:-1]).all()):
-            raise _contradiction(
-                "a step names an instance more than once",
-                "add up the contributions of an instance that was drawn twice",
-            )
-        if ordered[0] < 0 or ordered[-1] >= self.num_instances:
+        if positions.min() < 0 or positions.max() >= self.num_instances:
             raise _contradiction(
                 f"a step names positions outside [0, {self.num_instances})",
                 "record positions in the data set that Run(num_instances=...) describes",
+            )
+        if not _are_distinct(positions):
+            raise _contradiction(
+                "a step names an instance more than once",
+                "add up the contributions of an instance that was drawn twice",
             )
         # Written as what must hold, so that NaN fails it.
         if not (contributions.min() >= 0 and contributions.max() < math.inf):
@@ -151,6 +149,14 @@ class Progress:
     def _apply_step(self, event: Step) -> None:
         self.num_steps += 1
         self.pending = True
+
+
+def _are_distinct(positions: NDArray[np.int64]) -> bool:
+    """Whether positions below 2**31 are distinct; most samplers deliver them rising."""
+    if bool((positions[1:] > positions[:-1]).all()):
+        return True
+    ordered = np.sort(positions.astype(np.int32))
+    return bool((ordered[1:] > ordered[:-1]).all())
 
 
 def _check_arrays(positions: NDArray[np.int64], contributions: NDArray[np.float32]) -> None:

@@ -13,15 +13,11 @@ from typing import Any, Final, NoReturn, final
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from per_instance_accountant.errors import LedgerError, PlanError, UsageError
-from per_instance_accountant.ledger import frames
-from per_instance_accountant.ledger.encoding import MAX_RUN, StoredRun, decode, decode_run, payload_limit
-from per_instance_accountant.ledger.frames import BLOCK, Frame, ReadAt, damaged, read_frames
-from per_instance_accountant.ledger.progress import Progress
+from per_instance_accountant.errors import PlanError, UsageError
+from per_instance_accountant.ledger.frames import damaged
 from per_instance_accountant.ledger.records import Event, Phase, Run
 from per_instance_accountant.ledger.storage import Source, directory_source
-
-_DIGEST: Final = "sha256:"
+from per_instance_accountant.ledger.walk import DIGEST_PREFIX, RunningDigest, Walk, walk_to_end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +43,9 @@ class Anchor:
         texts = all(isinstance(value, str) for value in (self.digest, self.run_id))
         if not (numbers and texts and self.steps <= self.sequence):
             _refuse_anchor()
-        if not self.digest.startswith(_DIGEST) or not _is_hex(self.digest.removeprefix(_DIGEST), 64):
+        if not self.digest.startswith(DIGEST_PREFIX) or not _is_hex(
+            self.digest.removeprefix(DIGEST_PREFIX), 64
+        ):
             _refuse_anchor()
         if not _is_hex(self.run_id, 32):
             _refuse_anchor()
@@ -75,80 +73,6 @@ def _refuse_anchor() -> NoReturn:
         "Without it nobody can tell whether ledger and model belong together",
         "Anchor.from_dict(writer.anchor.to_dict())",
     )
-
-
-@final
-class Walk:
-    """One verified pass over a source. After it: ``stored``, ``progress``, and where the last whole frame
-    ended."""
-
-    stored: StoredRun
-    progress: Progress
-
-    def __init__(self, key: bytes, read_at: ReadAt, size: int) -> None:
-        self.sequence, self.end, self.chain = -1, 0, frames.GENESIS
-        self._frames = read_frames(read_at, size, key, self._limit)
-
-    def _limit(self, kind: int) -> int:
-        if self.sequence < 0:
-            return MAX_RUN if kind == frames.RUN else -1
-        return payload_limit(kind, self.progress.num_instances)
-
-    def events(self) -> Iterator[Event | None]:
-        """Every event in order; None for the Run frame and for marks. Raises LedgerError PIA042, PIA043."""
-        for frame in self._frames:
-            try:
-                event = self._take(frame)
-            # Whatever a parser or a record raises: these bytes are no facts, and the text may hold ids.
-            except Exception as error:
-                reason = getattr(error, "code", type(error).__name__)
-                damaged(frame.sequence, frame.offset, f"its payload is refused ({reason})")
-            self.sequence, self.end, self.chain = frame.sequence, frame.end, frame.chain
-            yield event
-
-    def _take(self, frame: Frame) -> Event | None:
-        if frame.kind == frames.RUN:
-            self.stored = decode_run(frame.payload)
-            self.progress = Progress(self.stored.run.num_instances)
-            return None
-        if frame.kind == frames.MARK:
-            self.progress.apply_mark()
-            return None
-        event = decode(frame.kind, frame.payload, self.progress.num_instances)
-        self.progress.check(event)
-        self.progress.apply(event)
-        return event
-
-
-def walk_to_end(source: Source) -> Walk:
-    """Verify the whole ledger. Raises LedgerError PIA041 (missing or empty), PIA042, PIA043."""
-    with source.reading() as (read_at, size):
-        walk = Walk(source.key, read_at, size)
-        for _ in walk.events():
-            pass
-    if walk.sequence < 0:
-        raise LedgerError(
-            "PIA041",
-            "the log holds no whole frame: its creation was interrupted",
-            "No step was ever recorded in it",
-            "LedgerWriter.create(path, run)",
-        )
-    return walk
-
-
-class RunningDigest:
-    """SHA-256 over a growing prefix, reading each byte once."""
-
-    def __init__(self, source: Source) -> None:
-        self._source, self._hash, self._end = source, sha256(), 0
-
-    def upto(self, end: int) -> str:
-        """``"sha256:<hex>"`` over the first ``end`` bytes; ``end`` must not fall from call to call."""
-        with self._source.reading() as (read_at, _):
-            for offset in range(self._end, end, BLOCK):
-                self._hash.update(read_at(min(BLOCK, end - offset), offset))
-        self._end = end
-        return _DIGEST + self._hash.hexdigest()
 
 
 @final

@@ -21,7 +21,7 @@ from per_instance_accountant.ledger.encoding import (
     encode_run,
 )
 from per_instance_accountant.ledger.progress import Progress
-from per_instance_accountant.ledger.reader import Anchor, Ledger, RunningDigest, Walk, walk_to_end
+from per_instance_accountant.ledger.reader import Anchor, Ledger
 from per_instance_accountant.ledger.records import Event, Resume, Run
 from per_instance_accountant.ledger.storage import (
     KEY_NAME,
@@ -37,11 +37,11 @@ from per_instance_accountant.ledger.storage import (
     make_private,
     unreadable,
 )
+from per_instance_accountant.ledger.walk import RunningDigest, Walk, walk_to_end
 
 Fsync = Literal["close", "step"]
-"""``"close"``: facts are forced to the device by flush and close (a killed process loses nothing, a power
-loss may lose
-the steps since the last flush). ``"step"``: by every append."""
+"""``"close"``: thresholds, flush and close force all facts to the device. A killed process loses nothing, a power
+loss at most the steps since then. ``"step"``: every append does."""
 
 
 @final
@@ -170,7 +170,7 @@ class LedgerWriter:
         progress.check(event)
         kind, payload = encode(event, progress.num_instances)
         self._record(kind, payload, event)
-        if self._fsync == "step":
+        if self._fsync == "step" or kind == frames.THRESHOLDS:
             self._log.sync()
 
     def flush(self) -> None:
@@ -264,7 +264,7 @@ def _refuse_foreign(directory: Path) -> None:
 
 def _refuse_facts(directory: Path) -> None:
     """Only a log without a whole frame (an interrupted creation) may be started afresh."""
-    # The key may be gone while the facts are not, so it has no say: under a wrong one a whole frame is an error.
+    # The key may be gone while the facts are not, so it has no say: a wrong one makes every frame an error.
     source = DirectorySource(directory, bytes(KEY_SIZE))
     with source.reading() as (read_at, size), suppress(LedgerError):
         if next(frames.read_frames(read_at, size, source.key, lambda kind: MAX_RUN), None) is None:

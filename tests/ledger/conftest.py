@@ -10,8 +10,8 @@ import pytest
 
 from per_instance_accountant.ledger import Ledger, LedgerWriter, Phase, Run, Step, Thresholds
 from per_instance_accountant.ledger.progress import Progress
-from per_instance_accountant.ledger.reader import walk_to_end
 from per_instance_accountant.ledger.storage import Memory
+from per_instance_accountant.ledger.walk import walk_to_end
 
 
 def phase(**changes: Any) -> Phase:

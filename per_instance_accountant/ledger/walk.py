@@ -1,0 +1,91 @@
+"""Passing over the bytes of a ledger: verified events, and the digest of a prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from hashlib import sha256
+from typing import Final, final
+
+from per_instance_accountant.errors import LedgerError
+from per_instance_accountant.ledger import frames
+from per_instance_accountant.ledger.encoding import MAX_RUN, StoredRun, decode, decode_run, payload_limit
+from per_instance_accountant.ledger.frames import BLOCK, Frame, ReadAt, damaged, read_frames
+from per_instance_accountant.ledger.progress import Progress
+from per_instance_accountant.ledger.records import Event
+from per_instance_accountant.ledger.storage import Source
+
+DIGEST_PREFIX: Final = "sha256:"
+
+
+@final
+class Walk:
+    """One verified pass over a source. After it: ``stored``, ``progress``, and where the last whole frame
+    ended."""
+
+    stored: StoredRun
+    progress: Progress
+
+    def __init__(self, key: bytes, read_at: ReadAt, size: int) -> None:
+        self.sequence, self.end, self.chain = -1, 0, frames.GENESIS
+        self._frames = read_frames(read_at, size, key, self._limit)
+
+    def _limit(self, kind: int) -> int:
+        if self.sequence < 0:
+            return MAX_RUN if kind == frames.RUN else -1
+        return payload_limit(kind, self.progress.num_instances)
+
+    def events(self) -> Iterator[Event | None]:
+        """Every event in order; None for the Run frame and for marks. Raises LedgerError PIA042, PIA043."""
+        for frame in self._frames:
+            try:
+                event = self._take(frame)
+            # Whatever a parser or a record raises: these bytes are no facts, and the text may hold ids.
+            except Exception as error:
+                reason = getattr(error, "code", type(error).__name__)
+                damaged(frame.sequence, frame.offset, f"its payload is refused ({reason})")
+            self.sequence, self.end, self.chain = frame.sequence, frame.end, frame.chain
+            yield event
+
+    def _take(self, frame: Frame) -> Event | None:
+        if frame.kind == frames.RUN:
+            self.stored = decode_run(frame.payload)
+            self.progress = Progress(self.stored.run.num_instances)
+            return None
+        if frame.kind == frames.MARK:
+            self.progress.apply_mark()
+            return None
+        event = decode(frame.kind, frame.payload, self.progress.num_instances)
+        self.progress.check(event)
+        self.progress.apply(event)
+        return event
+
+
+def walk_to_end(source: Source) -> Walk:
+    """Verify the whole ledger. Raises LedgerError PIA041 (missing or empty), PIA042, PIA043."""
+    with source.reading() as (read_at, size):
+        walk = Walk(source.key, read_at, size)
+        for _ in walk.events():
+            pass
+    if walk.sequence < 0:
+        raise LedgerError(
+            "PIA041",
+            "the log holds no whole frame: its creation was interrupted",
+            "No step was ever recorded in it",
+            "LedgerWriter.create(path, run)",
+        )
+    return walk
+
+
+class RunningDigest:
+    """SHA-256 over a growing prefix, reading each byte once."""
+
+    def __init__(self, source: Source) -> None:
+        self._source, self._hash, self._end = source, sha256(), 0
+
+    def upto(self, end: int) -> str:
+        """``"sha256:<hex>"`` over the first ``end`` bytes; ``end`` must not fall from call to call."""
+        with self._source.reading() as (read_at, _):
+            for offset in range(self._end, end, BLOCK):
+                self._hash.update(read_at(min(BLOCK, end - offset), offset))
+        self._end = end
+        return DIGEST_PREFIX + self._hash.hexdigest()
