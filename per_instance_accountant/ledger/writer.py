@@ -40,8 +40,8 @@ from per_instance_accountant.ledger.storage import (
 from per_instance_accountant.ledger.walk import RunningDigest, Walk, walk_to_end
 
 Fsync = Literal["close", "step"]
-"""``"close"``: thresholds, flush and close force all facts to the device. A killed process loses nothing, a power
-loss at most the steps since then. ``"step"``: every append does."""
+"""``"close"``: thresholds, flush and close force all facts to the device. A killed process loses nothing, a
+power loss at most the steps since then. ``"step"``: every append does."""
 
 
 @final
