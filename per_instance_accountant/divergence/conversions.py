@@ -14,6 +14,7 @@ from per_instance_accountant.divergence.orders import (
 )
 
 
+@np.errstate(all="ignore")
 def rdp_to_epsilon(orders: ArrayLike, rdp: ArrayLike, delta: float) -> float | NDArray[np.float64]:
     """Smallest epsilon over the given orders at which an RDP curve implies (epsilon, delta)-DP, rounded up.
 
@@ -35,12 +36,12 @@ def rdp_to_epsilon(orders: ArrayLike, rdp: ArrayLike, delta: float) -> float | N
     else:
         down, up = np.log1p(-1 / grid), -(np.log(probability) + np.log(grid)) / (grid - 1)
         slack = ROUNDING * (-down + (np.log(grid) - np.log(probability)) / (grid - 1))
-        with np.errstate(over="ignore"):
-            best = np.min(curve * (1 + ROUNDING) + (down + up + slack), axis=-1)
+        best = np.min(curve * (1 + ROUNDING) + (down + up + slack), axis=-1)
         best = np.where((curve == 0).all(axis=-1), 0.0, np.maximum(best, 0.0))
     return float(best) if curve.ndim == 1 else np.asarray(best)
 
 
+@np.errstate(all="ignore")
 def rdp_to_delta(orders: ArrayLike, rdp: ArrayLike, epsilon: float) -> float | NDArray[np.float64]:
     """Smallest delta over the given orders at which an RDP curve implies (epsilon, delta)-DP, rounded up.
 
@@ -59,9 +60,8 @@ def rdp_to_delta(orders: ArrayLike, rdp: ArrayLike, epsilon: float) -> float | N
         delta = np.where(np.isfinite(curve).any(axis=-1), 0.0, 1.0)
     else:
         offset = np.log1p(-1 / grid) - target
-        with np.errstate(over="ignore", under="ignore"):
-            slack = ROUNDING * ((grid - 1) * (curve + np.abs(offset)) + np.log(grid) + 1)
-            exponent = (grid - 1) * (curve + offset) - np.log(grid) + slack
+        slack = ROUNDING * ((grid - 1) * (curve + np.abs(offset)) + np.log(grid) + 1)
+        exponent = (grid - 1) * (curve + offset) - np.log(grid) + slack
         exponent = np.where(np.isfinite(curve), exponent, np.inf)
         # The smallest positive float keeps an underflow on the safe side.
         delta = np.minimum(

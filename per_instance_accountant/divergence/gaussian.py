@@ -61,9 +61,8 @@ def _log_delta(mu: Floats, x: Floats) -> Floats:
 
 def _log_delta_at(mu: Floats, epsilon: Floats) -> Floats:
     """Upper bound of log delta at mu in (0, inf) and epsilon in [0, inf)."""
-    with np.errstate(over="ignore"):
-        quotient = epsilon / mu
-        x = np.where(np.isfinite(quotient), quotient - mu / 2 - ROUNDING * (quotient + mu / 2), 1e300)
+    quotient = epsilon / mu
+    x = np.where(np.isfinite(quotient), quotient - mu / 2 - ROUNDING * (quotient + mu / 2), 1e300)
     return np.where(x > 1e150, -np.inf, _log_delta(mu, np.minimum(x, 1e150)))
 
 
@@ -76,6 +75,7 @@ def _scalar_or_array(value: Floats, shape: tuple[int, ...]) -> float | Floats:
     return float(value.reshape(())) if shape == () else value.reshape(shape)
 
 
+@np.errstate(all="ignore")
 def gaussian_delta(mu: ArrayLike, epsilon: ArrayLike) -> float | Floats:
     """Smallest delta at which mu-GDP implies (epsilon, delta)-DP, rounded up, in [0, 1].
 
@@ -95,6 +95,7 @@ def gaussian_delta(mu: ArrayLike, epsilon: ArrayLike) -> float | Floats:
     return _scalar_or_array(delta, m.shape)
 
 
+@np.errstate(all="ignore")
 def gaussian_epsilon(mu: ArrayLike, delta: float) -> float | Floats:
     """Smallest epsilon at which mu-GDP implies (epsilon, delta)-DP, rounded up.
 
@@ -123,6 +124,7 @@ def gaussian_epsilon(mu: ArrayLike, delta: float) -> float | Floats:
     return _scalar_or_array(epsilon, m.shape)
 
 
+@np.errstate(all="ignore")
 def gaussian_mu(epsilon: float, delta: float) -> float:
     """Largest mu for which mu-GDP implies (epsilon, delta)-DP, rounded DOWN (a target to stay below).
 

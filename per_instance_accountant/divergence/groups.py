@@ -27,6 +27,7 @@ _LEVELS: Final = 256
 _SLACK: Final = 1e-11
 
 
+@np.errstate(all="ignore")
 def group_gaussian_rdp(sample_rate: float, ratios: ArrayLike, orders: ArrayLike) -> Floats:
     """Upper bound, in nats, of the RDP of one step for a forget set, in BOTH directions, (m,).
 
@@ -57,6 +58,7 @@ def group_gaussian_rdp(sample_rate: float, ratios: ArrayLike, orders: ArrayLike)
     )
 
 
+@np.errstate(all="ignore")
 def group_gaussian_rdp_removal(sample_rate: float, ratios: ArrayLike, orders: ArrayLike) -> Floats:
     """Upper bound, in nats, of the RDP of one step in the REMOVAL direction (with || without the set), (m,).
 
@@ -73,9 +75,8 @@ def group_gaussian_rdp_removal(sample_rate: float, ratios: ArrayLike, orders: Ar
     total = members.sum() * (1 + ROUNDING if members.size > 1 else 1.0)
     low, high = np.floor(grid), np.ceil(grid)
     values = sampled_gaussian_rdp(rate, total, np.concatenate([np.maximum(low, 2.0), high]))[0]
-    with np.errstate(invalid="ignore", over="ignore"):
-        left, right = (low - 1) * values[: grid.size], (high - 1) * values[grid.size :]
-        chord = (left + (grid - low) * (right - left)) / (grid - 1) * (1 + ROUNDING)
+    left, right = (low - 1) * values[: grid.size], (high - 1) * values[grid.size :]
+    chord = (left + (grid - low) * (right - left)) / (grid - 1) * (1 + ROUNDING)
     chord = np.where(low == grid, values[: grid.size], np.where(np.isnan(chord), np.inf, chord))
     return np.asarray(np.minimum(both, chord))
 

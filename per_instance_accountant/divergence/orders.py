@@ -39,12 +39,12 @@ def bad_argument(name: str, happened: str, allowed: str, *, code: str = "PIA070"
 
 
 def as_float_array(name: str, values: ArrayLike, max_ndim: int) -> NDArray[np.float64]:
-    """Float64 copy without NaN. Raises UsageError PIA071 (type, shape) or PIA070 (NaN)."""
+    """Float64 array without NaN, not necessarily a copy. Raises UsageError PIA071 (type, shape) or PIA070 (NaN)."""
     try:
         raw = np.asarray(values)
         if raw.dtype.kind not in "fiu":
             raise TypeError
-        array = raw.astype(np.float64)
+        array = raw.astype(np.float64, copy=False)
     except (TypeError, ValueError):
         raise bad_argument(name, "is not numeric", "real numbers", code="PIA071") from None
     if array.ndim > max_ndim:
@@ -93,6 +93,7 @@ def as_curve(orders: ArrayLike, rdp: ArrayLike) -> tuple[NDArray[np.float64], ND
     return grid, curve
 
 
+@np.errstate(all="ignore")
 def interpolate_rdp(orders: ArrayLike, rdp: ArrayLike, order: ArrayLike) -> NDArray[np.float64]:
     """Upper bound of the RDP at any real ``order`` from upper bounds at ``orders``.
 
@@ -122,8 +123,7 @@ def interpolate_rdp(orders: ArrayLike, rdp: ArrayLike, order: ArrayLike) -> NDAr
     low = np.where(
         upper == 0, 0.0, (left - 1) * np.where(np.isfinite(curve[..., lower]), curve[..., lower], 0.0)
     )
-    with np.errstate(over="ignore"):
-        chord = ((1 - weight) * low + weight * (grid[upper] - 1) * curve[..., upper]) / (targets - 1)
-        result = np.minimum(chord * (1 + ROUNDING), curve[..., upper])
+    chord = ((1 - weight) * low + weight * (grid[upper] - 1) * curve[..., upper]) / (targets - 1)
+    result = np.minimum(chord * (1 + ROUNDING), curve[..., upper])
     result = np.where(targets > grid[-1], np.inf, result)
     return np.asarray(result[..., 0] if wanted.ndim == 0 else result)

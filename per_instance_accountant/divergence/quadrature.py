@@ -90,7 +90,7 @@ def _on_lattice(q: float, ratios: Floats, excess: Floats) -> Floats:
         # Above e^300 what is left out is below the last bit; below it nothing overflows.
         small = np.log1p(np.exp(np.minimum(peak, 300.0)) * total + rest[:, column])
         result[:, column] = np.where(peak < 300, small, peak + np.log(total))
-    return result
+    return np.asarray(result)
 
 
 def _by_moments(mass: Floats, log_ratio: Floats, excess: Floats) -> Floats:

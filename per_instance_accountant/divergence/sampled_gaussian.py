@@ -12,6 +12,7 @@ from scipy.special import gammaln
 from per_instance_accountant.divergence import quadrature
 from per_instance_accountant.divergence.orders import (
     MAX_ORDER,
+    ROUNDING,
     as_float_array,
     as_nonnegative,
     as_orders,
@@ -21,7 +22,7 @@ from per_instance_accountant.divergence.orders import (
 Floats = NDArray[np.float64]
 
 INFLATION: Final = 2e-10
-"""Relative amount by which computed values are raised; their error is below a quarter of it."""
+"""Relative amount by which computed values are raised; above their error (docs/math/sampled_gaussian.md)."""
 _SMALLEST_RATE: Final = 1e-15
 _SMALLEST_RATIO: Final = 1e-40
 _LARGEST_RATIO: Final = 1e6
@@ -30,6 +31,7 @@ _LONGEST_SUM: Final = 1024
 """Most terms that are summed in logarithms; beyond it quadrature is cheaper and as exact."""
 
 
+@np.errstate(all="ignore")
 def gaussian_rdp(ratios: ArrayLike, orders: ArrayLike) -> Floats:
     """RDP ``order ratio^2 / 2`` of one Gaussian step, in nats, both directions (Mironov 2017, Proposition 7).
 
@@ -40,10 +42,10 @@ def gaussian_rdp(ratios: ArrayLike, orders: ArrayLike) -> Floats:
     [[0.25, 1.0]]
     """
     r = np.atleast_1d(as_nonnegative("ratios", ratios, 1))
-    with np.errstate(over="ignore"):
-        return np.asarray((r * r / 2)[:, None] * as_orders(orders))
+    return _positive(r, (r * r / 2)[:, None] * as_orders(orders))
 
 
+@np.errstate(all="ignore")
 def sampled_gaussian_rdp(sample_rate: float, ratios: ArrayLike, orders: ArrayLike) -> Floats:
     """Upper bound, in nats, of the RDP of one Poisson-subsampled Gaussian step, in both directions.
 
@@ -68,20 +70,19 @@ def sampled_gaussian_rdp(sample_rate: float, ratios: ArrayLike, orders: ArrayLik
     unsampled = gaussian_rdp(ratios, grid)
     r = np.atleast_1d(np.asarray(ratios, dtype=np.float64))
     if rate == 0:
-        return np.where(np.isinf(r)[:, None], np.inf, 0.0) + np.zeros_like(unsampled)
-    if rate == 1:
-        return unsampled
-    result = unsampled * (1 + 1e-15)
-    inner = (r > 0) & (r <= _LARGEST_RATIO)
+        return np.zeros_like(unsampled)
+    result = unsampled if rate == 1 else unsampled * (1 + ROUNDING)
+    inner = (r > 0) & (r <= _LARGEST_RATIO) & (rate < 1)
     if inner.any():
-        with np.errstate(all="ignore"):
-            value = _two_kernels(max(rate, _SMALLEST_RATE), r[inner], grid) * (1 + INFLATION)
+        value = _two_kernels(max(rate, _SMALLEST_RATE), r[inner], grid) * (1 + INFLATION)
         # fmin: the bound without sampling stands in for a value that could not be represented.
         result[inner] = np.fmin(result[inner], value)
-    # An underflow is raised to the smallest float: only ratio 0 costs nothing.
-    positive = (r > 0)[:, None] & (result == 0)
-    result[positive] = np.nextafter(0.0, 1.0)
-    return result
+    return _positive(r, result)
+
+
+def _positive(ratios: Floats, rdp: Floats) -> Floats:
+    """Raise an underflow to the smallest normal float: only ratio 0 costs nothing."""
+    return np.where((ratios > 0)[:, None], np.maximum(rdp, np.finfo(np.float64).tiny), 0.0)
 
 
 def _two_kernels(q: float, ratios: Floats, orders: Floats) -> Floats:
@@ -100,24 +101,23 @@ def _two_kernels(q: float, ratios: Floats, orders: Floats) -> Floats:
 def _integer_log_moments(q: float, ratios: Floats, orders: Floats) -> Floats:
     """``log A`` with ``A - 1 = sum_{k=2}^{a} P[Bin(a, q) = k] (exp(k (k - 1) ratio^2 / 2) - 1)``, (n, m)."""
     result = np.empty((ratios.size, orders.size))
+    log_pmfs = [_log_binomial(int(order), q) for order in orders]
     for rows in np.array_split(np.arange(ratios.size), math.ceil(ratios.size / 128)):
         square = ratios[rows] ** 2
         k = np.arange(2, int(orders.max()) + 1, dtype=np.float64)
         growth = np.expm1(np.minimum(np.outer(square, k * (k - 1) / 2), _SAFE_EXPONENT))
-        for column, order in enumerate(orders):
-            log_pmf = _log_binomial(int(order), q)
+        for column, (order, log_pmf) in enumerate(zip(orders, log_pmfs, strict=True)):
             result[rows, column] = np.log1p(growth[:, : log_pmf.size] @ np.exp(log_pmf))
-            large = order * (order - 1) / 2 * square > _SAFE_EXPONENT
-            if not large.any():
-                continue
-            result[rows[large], column] = _large_log_moments(q, ratios[rows[large]], float(order), log_pmf)
+            large = rows[order * (order - 1) / 2 * square > _SAFE_EXPONENT]
+            if large.size:
+                result[large, column] = _large_log_moments(q, ratios[large], float(order), log_pmf)
     return result
 
 
 def _large_log_moments(q: float, ratios: Floats, order: float, log_pmf: Floats) -> Floats:
     """``log A``, (n,), where the terms of the sum overflow."""
     result = np.empty(ratios.size)
-    # Where order ratio^2 / 2 >= log(order / q) + 5 each of the last terms is e^5 times the one before it.
+    # Where order ratio^2 / 2 >= log(order / q) + 5 term k is at most e^(-5 (order - k)) times the last one.
     steep = order * ratios**2 / 2 >= math.log(order / q) + 5
     flat = ~steep
     result[steep] = _sum_in_logs(order, ratios[steep] ** 2, log_pmf[-64:])
