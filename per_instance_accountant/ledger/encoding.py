@@ -1,8 +1,7 @@
-"""Records <-> payload bytes: canonical JSON for metadata, Arrow IPC for columns, raw little-endian arrays for
-the rest.
+"""Records <-> payload bytes: canonical JSON for metadata, Arrow IPC for columns, raw arrays for the rest.
 
-Encoders refuse what could not be read back; decoders get bytes that passed the checks of the frame and refuse
-the rest.
+Encoders refuse what could not be read back. Decoders get bytes that passed the checks of their frame and refuse
+whatever is not the encoding of a record.
 """
 
 from __future__ import annotations
@@ -35,8 +34,7 @@ _NUMBERS: Final = {entry.name for entry in fields(Phase) if entry.type == "float
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredRun:
-    """The first frame: the run, its random identity, and when it began (a comment: order comes from sequence
-    numbers)."""
+    """The first frame: the run, its random identity, and the time it began (a comment)."""
 
     run: Run
     run_id: str
@@ -44,8 +42,7 @@ class StoredRun:
 
 
 def payload_limit(kind: int, num_instances: int) -> int:
-    """Largest payload in bytes that a frame of this kind can have after the Run frame; -1 for kinds that
-    cannot occur."""
+    """Largest payload in bytes of a frame of this kind after the Run frame; -1 if it cannot occur there."""
     limits = {
         frames.PHASE: MAX_METADATA,
         frames.RESUME: MAX_METADATA,
@@ -130,8 +127,7 @@ _DECODERS: Final[dict[int, Any]] = {
 
 
 def canonical_json(content: Mapping[str, Any], name: str, limit: int) -> bytes:
-    """RFC 8785 bytes. Raises UsageError PIA071 for what JSON cannot say (NaN, other types, integers beyond
-    2**53)."""
+    """RFC 8785 bytes. Raises UsageError PIA071 for NaN, other types and integers beyond 2**53."""
     try:
         text = rfc8785.dumps(dict(content))
     except (rfc8785.CanonicalizationError, RecursionError, UnicodeError) as error:
@@ -164,8 +160,7 @@ def _number(digits: str) -> int | float:
 
 
 def encode_run(stored: StoredRun) -> bytes:
-    """Payload of the first frame: length of the JSON (4) | JSON | Arrow IPC stream of ids and groups, if
-    any."""
+    """Payload of the first frame: length of the JSON (4) | JSON | Arrow IPC stream of ids and groups."""
     run = stored.run
     content = {
         "format": frames.VERSION,
@@ -190,6 +185,8 @@ def decode_run(payload: bytes) -> StoredRun:
     version, run_id, created = content.pop("format"), content.pop("run_id"), content.pop("created")
     if version != frames.VERSION or len(bytes.fromhex(run_id)) != 16 or not isinstance(created, str):
         raise ValueError("not the identity of a run")
+    if not isinstance(content["assumptions"], dict | None) or not isinstance(content["software"], dict):
+        raise TypeError("a field of the run has another type")
     columns = _decode_columns(payload[end:])
     groups = {name.removeprefix(_GROUP): values for name, values in columns.items() if name != "ids"}
     run = checked_run(Run(ids=columns.get("ids"), groups=groups, **content))
@@ -246,8 +243,7 @@ def _decode_columns(buffer: bytes) -> dict[str, NDArray[Any]]:
 def checked_run(run: Run) -> Run:
     """The run with ids and groups as read-only int64 or text vectors of length N.
 
-    Raises UsageError PIA070 (repeated ids, size) or PIA071 (type, shape); the message holds counts, never
-    ids.
+    Raises UsageError PIA070 (repeated ids, size) or PIA071 (type, shape); messages hold counts, never ids.
     """
     count = run.num_instances
     if type(count) is not int or count > MAX_INSTANCES:

@@ -1,7 +1,7 @@
 """Frames of the event log: how bytes are cut, checked and chained.
 
-``header (24) | payload | CRC-32 of the payload (4) | chain value (32)``; the header carries its own checksum,
-so that a flipped length is damage and not an unfinished write. Layout and recovery rules:
+``header (24) | payload | CRC-32 of the payload (4) | chain value (32) | end mark (1)``; the header carries its
+own checksum, so that a flipped length is damage and not an unfinished write. Layout and recovery rules:
 docs/ledger_format.md.
 """
 
@@ -128,8 +128,7 @@ def _is_sound(header: bytes) -> bool:
 def _verify(
     window: _Window, key: bytes, previous: bytes, header: bytes, start: int, length: int
 ) -> tuple[str | None, bytes]:
-    """What is wrong with the payload (None: nothing), and the chain value; block by block, allocating one
-    block."""
+    """What is wrong with the frame (None: nothing), and its chain value; holds one block in memory."""
     checksum, state = 0, _chain(key, previous, header, b"")
     for offset in range(start, start + length, BLOCK):
         block = window.take(min(BLOCK, start + length - offset), offset)

@@ -20,8 +20,7 @@ def _contradiction(happened: str, fix: str) -> LedgerError:
 
 
 class Progress:
-    """State of a course of events. ``check`` raises and changes nothing; ``apply`` follows a successful
-    ``check``.
+    """State of a course of events: ``check`` raises and changes nothing, ``apply`` follows it.
 
     >>> import numpy as np
     >>> progress = Progress(num_instances=4)
@@ -51,6 +50,13 @@ class Progress:
 
     def check(self, event: Event) -> None:
         """Raise LedgerError PIA045, UsageError PIA070 or PIA071 if ``event`` cannot be the next fact."""
+        if type(event) not in _RULES:
+            raise UsageError(
+                "PIA071",
+                f"a {type(event).__name__} is no event",
+                "Nothing was recorded",
+                "writer.append(Phase(...)), Thresholds, Step or Resume",
+            )
         _RULES[type(event)][0](self, event)
 
     def apply(self, event: Event) -> None:

@@ -1,5 +1,4 @@
-"""The facts a ledger holds. No record stores a conclusion: orders, delta and charging rule are chosen when
-reading."""
+"""The facts a ledger holds. No record stores a conclusion: orders and delta are chosen when reading."""
 
 from __future__ import annotations
 
@@ -14,8 +13,7 @@ from numpy.typing import NDArray
 from per_instance_accountant.errors import UsageError
 
 SAMPLING = ("poisson", "shuffled")
-"""How batches were drawn. Only ``"poisson"`` gives amplification by sampling; ``sample_rate=1`` is full
-batch."""
+"""How batches were drawn. Only ``"poisson"`` gives amplification; ``sample_rate=1`` is full batch."""
 KINDS = ("train", "unlearn")
 RULES = ("worst_case", "fixed_thresholds", "sweep", "unamplified", "last_seen")
 
@@ -89,8 +87,7 @@ class Phase:
 
     @property
     def amplification_rate(self) -> float:
-        """Rate that accounting may use: the sample rate under Poisson sampling, 1 (no amplification)
-        otherwise."""
+        """Rate that accounting may use: the sample rate under Poisson sampling, otherwise 1."""
         return self.sample_rate if self.sampling == "poisson" else 1.0
 
 
@@ -116,8 +113,7 @@ class Thresholds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """One noisy release, recorded BEFORE the noise is added. It is charged whether or not its end is
-    recorded.
+    """One noisy release, recorded BEFORE the noise is added. Charged whether or not its end is recorded.
 
     positions: (B,) int64, distinct, the instances that were drawn (empty for an empty Poisson draw).
     contributions: (B,) float32, upper bounds of the norms with which each entered the sum (after clipping;

@@ -100,10 +100,9 @@ class DirectorySource:
 
 
 def directory_source(path: Path) -> DirectorySource:
-    """Source of an existing ledger. Raises LedgerError PIA041 if the key is missing, a link, or not 32
-    bytes."""
+    """Source of an existing ledger. Raises LedgerError PIA041 if the key is missing, a link or not 32 bytes."""
     try:
-        return DirectorySource(path, _read_key(path))
+        return DirectorySource(path.absolute(), _read_key(path))
     except OSError as error:
         raise unreadable(error) from None
 
@@ -199,7 +198,12 @@ class DirectoryLog:
             _sync_file(self._descriptor)
         except OSError as error:
             self.close()
-            raise _not_written(str(error.strerror)) from None
+            raise LedgerError(
+                "PIA041",
+                f"the device did not confirm the last frames ({error.strerror})",
+                "They stay charged as far as they can be read, and the step must not be released",
+                "LedgerWriter.resume(path, anchor) once the device works",
+            ) from None
 
     def close(self) -> None:
         """Give the ledger free for another writer."""

@@ -14,9 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from per_instance_accountant.errors import UsageError
+from per_instance_accountant.errors import LedgerError, UsageError
 from per_instance_accountant.ledger.records import Phase, Step, Thresholds
-from per_instance_accountant.ledger.storage import unreadable
 
 if TYPE_CHECKING:
     from per_instance_accountant.ledger.reader import Ledger
@@ -71,7 +70,12 @@ def export(ledger: Ledger, directory: Path, *, overwrite: bool) -> None:
         with _Replacement(summary) as file:
             file.write(json.dumps(_summary(ledger), indent=1, sort_keys=True, allow_nan=False).encode())
     except OSError as error:
-        raise unreadable(error) from None
+        raise LedgerError(
+            "PIA041",
+            f"the tables cannot be written ({error.strerror})",
+            "The ledger is unchanged, the export is incomplete",
+            'ledger.export("a_writable_directory", overwrite=True)',
+        ) from None
 
 
 class _Replacement:

@@ -19,8 +19,7 @@ DIGEST_PREFIX: Final = "sha256:"
 
 @final
 class Walk:
-    """One verified pass over a source. After it: ``stored``, ``progress``, and where the last whole frame
-    ended."""
+    """One verified pass over a source; afterwards it knows the run, the progress and the last whole frame."""
 
     stored: StoredRun
     progress: Progress

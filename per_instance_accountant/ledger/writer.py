@@ -184,9 +184,11 @@ class LedgerWriter:
         """Flush and end; further calls do nothing. A forked child or an interrupted writer writes nothing."""
         if self._closed:
             return
-        if self._process == os.getpid() and self._intact:
-            self.flush()
-        self._end()
+        try:
+            if self._process == os.getpid() and self._intact:
+                self.flush()
+        finally:
+            self._end()
 
     def ledger(self) -> Ledger:
         """What is written so far, without reading it again."""
@@ -201,8 +203,7 @@ class LedgerWriter:
         if kind is None:
             self.close()
         else:
-            # Nobody knows whether the last step was released before the exception: it stays an unconfirmed
-            # intent.
+            # Nobody knows whether the last step was released before the exception: it stays unconfirmed.
             self._end()
 
     def _end(self) -> None:

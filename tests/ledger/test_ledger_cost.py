@@ -14,7 +14,7 @@ from per_instance_accountant.ledger import Ledger, LedgerWriter, Run, Step
 REPEATS, STEPS = 12, 100
 TARGETS = [(64, 40e-6, 40e-6), (4096, 150e-6, 150e-6)]
 LOADED = 3
-"""Factor for a machine that does other work at the same time; a Python loop over instances would still show."""
+"""Factor for a machine that does other work too; a Python loop over instances would still show."""
 
 
 @pytest.mark.parametrize("rising", [True, False])

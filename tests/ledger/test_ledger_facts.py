@@ -73,6 +73,11 @@ def test_steps_of_another_type(writer: LedgerWriter) -> None:
         assert refusal(writer, event) == "PIA071"
 
 
+def test_only_events_are_appended(writer: LedgerWriter) -> None:
+    for other in ("step", None, Run(num_instances=3), Step):
+        assert refusal(writer, other) == "PIA071"
+
+
 def test_a_step_needs_a_phase(make: SimpleNamespace) -> None:
     assert refusal(LedgerWriter.create(None, Run(num_instances=3)), make.step(1)) == "PIA045"
 
@@ -445,6 +450,18 @@ def test_opening_twice_is_opening_once(tmp_path: Path) -> None:
     assert Ledger.open(ledger) is ledger
     assert ledger.path == tmp_path / "a"
     assert repr(ledger) == "<Ledger: 0 steps, 3 instances>"
+
+
+def test_a_view_survives_a_change_of_the_working_directory(
+    tmp_path: Path, make: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with LedgerWriter.create("a", Run(num_instances=3)) as writer:
+        writer.append(make.phase())
+    ledger = Ledger.open("a")
+    monkeypatch.chdir("/")
+    assert len(list(ledger.events())) == 1
+    assert writer.ledger().digest == ledger.digest
 
 
 def test_a_view_does_not_grow(tmp_path: Path, make: SimpleNamespace) -> None:
