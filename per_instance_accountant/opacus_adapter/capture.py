@@ -47,6 +47,14 @@ class Tracker:
         self._measured: Observation | None = None
         self._pending: list[Observation] = []
 
+    def __reduce__(self) -> NoReturn:
+        raise UnsupportedError(
+            "PIA060",
+            "a tracked optimizer or its tracker was copied or pickled",
+            "Two optimizers would write steps into one ledger",
+            "optimizer.state_dict() for a copy of its state",
+        )
+
     @property
     def ledger(self) -> Ledger:
         """What is written so far."""
@@ -114,7 +122,7 @@ class Tracker:
     # --------------------------------------------------------------------------------------------- optimizer
 
     def count_forward(self, module: torch.nn.Module, inputs: Any) -> None:
-        """Forward pre-hook: counts the passes that leave per-sample gradients behind."""
+        """Counts the forward passes that leave per-sample gradients behind. Raises AlignmentError PIA007."""
         if module.training and torch.is_grad_enabled():
             if self._stale is not None:
                 self._check_identity(inputs)
@@ -216,10 +224,11 @@ class Tracker:
             )
         positions = rows if mapping is None else mapping[rows]
         mechanism, thresholds = self._mechanism_now(), self.recorder.thresholds
-        limit = mechanism[1]
-        factors, contributions = clip_factors(
-            norms, limit if thresholds is None else np.minimum(thresholds[positions], limit)
-        )
+        # In float64: float32 would round the limit up beyond the clip norm that the noise is made for.
+        limits = np.float64(mechanism[1])
+        if thresholds is not None:
+            limits = np.minimum(thresholds[positions].astype(np.float64), limits)
+        factors, contributions = clip_factors(norms, limits)
         self._measured, self._mechanism = (positions, contributions), self._mechanism or mechanism
         return factors
 
@@ -291,6 +300,20 @@ class Tracker:
         for module in self.module.modules():
             module.__dict__.pop("activations", None)
             module.__dict__.pop("max_batch_len", None)
+
+
+class ForwardWatch:
+    """Forward pre-hook that reports to a tracker. Copies of the model have none of it."""
+
+    def __init__(self, tracker: Tracker | None = None) -> None:
+        self.tracker = tracker
+
+    def __call__(self, module: torch.nn.Module, inputs: Any) -> None:
+        if self.tracker is not None:
+            self.tracker.count_forward(module, inputs)
+
+    def __reduce__(self) -> Any:
+        return ForwardWatch, ()
 
 
 def _broken(happened: str) -> NoReturn:

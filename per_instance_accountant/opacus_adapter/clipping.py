@@ -29,6 +29,9 @@ NORM_SLACK = 2.0**-17
 its root, the rest covers the factor, its product with a gradient and the final additions
 (docs/opacus_integration.md)."""
 
+UNDERFLOW = 2.0**-125
+"""More than the square of a float32 entry that can vanish by underflow; added to the sum for every entry."""
+
 STOCK_MARGIN = 1e-6
 """What Opacus adds to a norm before it divides; kept, so that training stays equal to Opacus'."""
 
@@ -63,7 +66,8 @@ def instance_norms(gradients: Sequence[torch.Tensor]) -> NDArray[np.float64]:
     squares = row_squares(gradients[0])
     for gradient in gradients[1:]:
         squares = squares + row_squares(gradient).to(squares.device)
-    norms: NDArray[np.float64] = np.sqrt(squares.cpu().numpy()) * (1 + NORM_SLACK)
+    entries = sum(gradient[0].numel() for gradient in gradients)
+    norms: NDArray[np.float64] = np.sqrt(squares.cpu().numpy() + entries * UNDERFLOW) * (1 + NORM_SLACK)
     overflown = np.flatnonzero(~np.isfinite(norms))
     if len(overflown):
         # Squares of finite float32 numbers above 1e19 overflow in float32, not in float64.
@@ -83,7 +87,7 @@ def round_up(values: NDArray[np.float64]) -> NDArray[np.float32]:
 
 
 def clip_factors(
-    norms: NDArray[np.float64], limits: NDArray[np.float32] | float
+    norms: NDArray[np.float64], limits: NDArray[np.float64] | float
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Factors that bring gradients under their limits, and upper bounds of the norms that remain.
 
@@ -98,7 +102,7 @@ def clip_factors(
     factors = exact.astype(np.float32)
     factors = np.where(factors > exact, np.nextafter(factors, np.float32(0)), factors)
     contributions = round_up(factors.astype(np.float64) * norms)
-    return factors, np.minimum(contributions, round_up(np.asarray(limits, dtype=np.float64)))
+    return factors, np.minimum(contributions, round_up(np.asarray(limits)))
 
 
 class TrackedOptimizer(DPOptimizer):
@@ -108,6 +112,9 @@ class TrackedOptimizer(DPOptimizer):
     tracker: Tracker
     # With this flag torch.amp.GradScaler announces itself through `found_inf`, and can be refused.
     _step_supports_amp_scaling = True
+
+    def __reduce__(self) -> Any:
+        return self.tracker.__reduce__()
 
     def attach_step_hook(self, fn: Callable[[DPOptimizer], None]) -> None:
         self.tracker.accept_hook(fn)
@@ -175,15 +182,34 @@ def install(optimizer: DPOptimizer, tracker: Tracker) -> None:
     optimizer.original_optimizer.register_step_pre_hook(tracker.before_update)
 
 
+class GhostFactors:
+    """``get_clipping_coef`` of a tracked module: the only place where ghost clipping scales an instance.
+
+    Copies of the module get one that refuses, because their steps belong to no tracker.
+    """
+
+    def __init__(self, module: Any = None, tracker: Tracker | None = None) -> None:
+        self.module, self.tracker = module, tracker
+
+    def __call__(self) -> torch.Tensor:
+        if self.tracker is None:
+            raise AlignmentError(
+                "PIA007",
+                "a copy of a tracked module was trained",
+                "Its steps would be in no ledger",
+                "train the module that make_private returned; copies are for evaluation",
+            )
+        norms = ghost_norms(self.module)
+        return torch.from_numpy(self.tracker.clip(norms.cpu().numpy())).to(norms.device)
+
+    def __reduce__(self) -> Any:
+        return GhostFactors, ()
+
+
 def install_ghost(module: Any, tracker: Tracker) -> None:
     """Make ghost clipping use the tracker's factors, and norms of linear layers that survive cancellation."""
-
-    def get_clipping_coef() -> torch.Tensor:
-        norms = ghost_norms(module)
-        return torch.from_numpy(tracker.clip(norms.cpu().numpy())).to(norms.device)
-
     module.NORM_SAMPLERS = {**module.NORM_SAMPLERS, torch.nn.Linear: linear_norms}
-    module.get_clipping_coef = get_clipping_coef
+    module.get_clipping_coef = GhostFactors(module, tracker)
 
 
 def linear_norms(

@@ -19,7 +19,7 @@ from per_instance_accountant.accounting.rules import ChargingRule, Sweep
 from per_instance_accountant.errors import LedgerError, UnsupportedError, UsageError
 from per_instance_accountant.ledger import Anchor, Ledger, LedgerWriter
 from per_instance_accountant.opacus_adapter import configuration as check
-from per_instance_accountant.opacus_adapter.capture import Tracker
+from per_instance_accountant.opacus_adapter.capture import ForwardWatch, Tracker
 from per_instance_accountant.opacus_adapter.clipping import install, install_ghost
 from per_instance_accountant.opacus_adapter.loader import TrackedLoader, check_loader, track_loader
 from per_instance_accountant.opacus_adapter.recording import Recorder
@@ -81,7 +81,7 @@ def attach(
     install(optimizer, tracker)
     if isinstance(module, check.GHOST_MODULES):
         install_ghost(module, tracker)
-    core.register_forward_pre_hook(tracker.count_forward)
+    core.register_forward_pre_hook(ForwardWatch(tracker))
     return tracker, loader
 
 

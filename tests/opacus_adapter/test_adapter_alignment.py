@@ -29,7 +29,7 @@ CASES += [
     for name, extra in {
         "convolutional": {"model": "convolutional"},
         "tokens": {"model": "tokens"},
-        "sum": {"reduction": "sum"},
+        "sum": {"reduction": "sum", "lr": 0.005},
         "shuffled": {"poisson_sampling": False},
         "unwrapped": {"wrap_model": False},
         "thresholds": {"charging": True},
@@ -67,14 +67,17 @@ def check_steps(start, models, by_hand, *, limit, workers=0, model="perceptron",
     assert len(steps) == len(expected) == sum(n for _, _, n in training.engine.accountant.history)
     for step, (inputs, parameters) in zip(steps, expected, strict=True):
         if model == "tokens":
-            assert sorted(map(tuple, inputs.tolist())) == sorted(map(tuple, x[step.positions].tolist()))
+            assert sorted(map(tuple, inputs.tolist())) == sorted(
+                map(tuple, x[step.positions.tolist()].tolist())
+            )
         else:
             assert sorted(training.rows_of(inputs)) == sorted(step.positions.tolist())
         if len(step.positions):
-            norms = by_hand(twin, parameters, x[step.positions], y[step.positions])
+            norms = by_hand(twin, parameters, x[step.positions.tolist()], y[step.positions.tolist()])
             entered = np.minimum(norms, limits[step.positions])
             assert (step.contributions <= limits[step.positions]).all()
-            assert (step.contributions <= entered * (1 + 5e-5)).all()
+            slack = 1e-5 if arguments["mode"] != "ghost" else 2e-5
+            assert (step.contributions <= entered * (1 + slack)).all()
             # The gradients themselves are float32: their own rounding is the lower tolerance.
             assert (step.contributions >= entered * (1 - 3e-6) - 1e-6 * limits[step.positions]).all()
     return training
@@ -95,7 +98,7 @@ def test_recording_norms_before_clipping_is_caught(start, models, by_hand, monke
 
     monkeypatch.setattr(Tracker, "clip", unclipped)
     with pytest.raises(AssertionError):
-        check_steps(start, models, by_hand, limit=None)
+        check_steps(start, models, by_hand, mode="hooks", limit=None)
 
 
 def test_positions_from_a_queue_that_the_sampler_fills_are_caught(start, models, by_hand, monkeypatch):
@@ -109,12 +112,12 @@ def test_positions_from_a_queue_that_the_sampler_fills_are_caught(start, models,
 
     monkeypatch.setattr(Tracker, "begin", late)
     with pytest.raises(AssertionError):
-        check_steps(start, models, by_hand, limit=None, poisson_sampling=False)
+        check_steps(start, models, by_hand, mode="hooks", limit=None, poisson_sampling=False)
 
 
 @pytest.mark.parametrize("mode", ["hooks", "ghost"])
 def test_one_instance_moves_the_release_by_at_most_its_threshold(start, mode):
-    """Zero-out neighbours, no noise: what is released differs by at most C_i in Euclidean norm, and by C_i if clipped."""
+    """Zero-out neighbours without noise: the releases differ by at most the threshold in Euclidean norm."""
     thresholds = np.linspace(0.01, 1.5, 97)
 
     def released(position, threshold):
@@ -139,7 +142,9 @@ def test_training_equals_stock_opacus(start, stock, mode, limit):
     difference = (ours.weights - theirs.weights).abs().max() / theirs.weights.abs().max()
     assert difference < 2e-5
     assert ours.engine.accountant.history == theirs.engine.accountant.history
-    assert [type(p) for p in (ours.model, ours.criterion)] == [type(p) for p in (theirs.model, theirs.criterion)]
+    assert [type(p) for p in (ours.model, ours.criterion)] == [
+        type(p) for p in (theirs.model, theirs.criterion)
+    ]
     assert isinstance(ours.loader, DPDataLoader) and len(ours.loader) == len(theirs.loader)
 
 

@@ -1,0 +1,132 @@
+"""Norms are upper bounds, factors are lower bounds: what enters the sum never exceeds what is recorded."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from per_instance_accountant.opacus_adapter import clipping
+from per_instance_accountant.opacus_adapter.clipping import (
+    clip_factors,
+    instance_norms,
+    linear_norms,
+    round_up,
+)
+
+FEW = settings(max_examples=60, deadline=None, derandomize=True)
+
+
+def exact_norms(gradients):
+    rows = [g.double().reshape(len(g), -1) for g in gradients]
+    return torch.linalg.vector_norm(torch.cat(rows, dim=1), dim=1).numpy()
+
+
+@FEW
+@given(
+    st.lists(st.integers(1, 700), min_size=1, max_size=4),
+    st.integers(1, 6),
+    st.floats(-44, 37),
+    st.integers(0, 2**32 - 1),
+)
+def test_norms_are_tight_upper_bounds(sizes, rows, exponent, seed):
+    generator = torch.Generator().manual_seed(seed)
+    scale = 10.0**exponent
+    gradients = [torch.randn(rows, size, generator=generator) * scale for size in sizes]
+    norms, exact = instance_norms(gradients), exact_norms(gradients)
+    assert (norms >= exact).all()
+    if exponent > -14:
+        assert (norms <= exact * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("shape", [(3, 1_000_003), (2, 401408)])
+def test_norms_of_long_rows(shape):
+    """Equal entries make float32 summation drift in one direction: the worst case for a long sum."""
+    gradient = torch.full(shape, 0.1)
+    norms, exact = instance_norms([gradient]), exact_norms([gradient])
+    assert (norms >= exact).all() and (norms <= exact * (1 + 1e-5)).all()
+
+
+def test_seeded_bug_norm_summed_in_one_go_is_caught():
+    """The sequential float32 sum that blocks replace falls below the exact norm."""
+    gradient = torch.full((1, 1_000_003), 0.1)
+    naive = float(np.sqrt(np.add.accumulate((gradient.numpy()[0] ** 2).astype(np.float32))[-1]))
+    assert naive * (1 + clipping.NORM_SLACK) < exact_norms([gradient])[0]
+
+
+@FEW
+@given(
+    hnp.arrays(np.float64, st.integers(1, 20), elements=st.floats(0, 1e30)),
+    st.floats(0, 100),
+    st.booleans(),
+)
+def test_contributions_bound_what_enters_and_thresholds_bound_contributions(norms, limit, individual):
+    limits = np.full(len(norms), limit) if individual else limit
+    factors, contributions = clip_factors(norms, limits)
+    assert factors.dtype == contributions.dtype == np.float32
+    assert (factors.astype(np.float64) * norms <= contributions).all()
+    assert (factors.astype(np.float64) * norms <= limit).all()
+    assert (contributions <= round_up(np.array([limit]))).all()
+    assert ((factors >= 0) & (factors <= 1)).all()
+    small = norms <= limit - 1e-6 * (1 + limit)
+    assert (factors[small] == 1).all()
+
+
+def test_seeded_bug_rounding_to_nearest_is_caught():
+    norms = np.random.default_rng(0).uniform(0.1, 10, 1000)
+    nearest = np.minimum(1, 0.7 / norms).astype(np.float32)
+    assert (nearest * norms > 0.7).any()
+    factors, _ = clip_factors(norms, 0.7)
+    assert (factors * norms <= 0.7).all()
+
+
+@FEW
+@given(hnp.arrays(np.float64, 5, elements=st.floats(0, 3e38)))
+def test_round_up_is_the_next_float32(values):
+    up = round_up(values)
+    assert (up >= values).all()
+    assert (np.nextafter(up, np.float32(-1)) < values)[values > 0].all()
+
+
+def test_clipped_rows_have_at_most_the_threshold_in_float32():
+    """Rows multiplied as the optimizer multiplies them, measured in float64."""
+    generator = torch.Generator().manual_seed(0)
+    gradient = torch.randn(200, 5000, generator=generator) * torch.logspace(-3, 6, 200)[:, None]
+    limits = np.random.default_rng(0).uniform(1e-3, 2, 200)
+    factors, contributions = clip_factors(instance_norms([gradient]), limits)
+    entered = exact_norms([gradient * torch.from_numpy(factors)[:, None]])
+    assert (entered <= contributions).all() and (entered <= limits).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_stay_visible(value):
+    gradient = torch.ones(3, 300)
+    gradient[1, 170] = value
+    assert np.isfinite(instance_norms([torch.ones(3, 2), gradient])).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 9])
+def test_linear_norms_survive_cancellation(steps):
+    """Backpropagated signals that sum to almost nothing over positions: float32 inner products lose such norms."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(16, 8)
+    activations = 1 + 1e-3 * torch.randn(6, steps, 16)
+    signals = torch.randn(6, steps, 8)
+    if steps > 1:
+        signals = signals - signals.mean(dim=1, keepdim=True)
+    if steps == 1:
+        activations, signals = activations[:, 0], signals[:, 0]
+    expected = torch.einsum("n...i,n...j->nij", signals.double(), activations.double()).flatten(1).norm(dim=1)
+    norms = linear_norms(layer, [activations], signals)
+    torch.testing.assert_close(norms[layer.weight], expected, rtol=1e-6, atol=0)
+    bias = signals.double().reshape(6, -1, 8).sum(dim=1).norm(dim=1)
+    torch.testing.assert_close(norms[layer.bias], bias, rtol=1e-6, atol=1e-12)
+
+
+def test_linear_norms_of_an_empty_batch():
+    layer = torch.nn.Linear(4, 2)
+    norms = linear_norms(layer, [torch.zeros(0, 4)], torch.zeros(0, 2))
+    assert norms[layer.weight].shape == norms[layer.bias].shape == (0,)
