@@ -248,8 +248,9 @@ def _page(document: dict[str, Any], convex: dict[str, Any], network: dict[str, A
         f"{rounded_up(made['value'])}, both directions, by {made['bound']}; "
         f"instance {made['deciding_id']} decides.",
         f"  certificate: {verdict} ({artefacts['certificate']})",
-        f"  accuracy, mean of {accuracy['seeds']} seeds: original {accuracy['original']:.3f}, unlearned "
-        f"{accuracy['unlearned']:.3f}, retrained without them and continued with the same noise {accuracy['retrained']:.3f}",
+        f"  accuracy, mean of {accuracy['seeds']} seeds: original {accuracy['original']:.3f}, "
+        f"unlearned {accuracy['unlearned']:.3f}, retrained without them {accuracy['retrained']:.3f} "
+        "(then continued for as many steps, with the same noise: the certificate's reference)",
         f"SGLD, full batch: worst case {rounded_up(sgld['epsilon_worst'])}, median "
         f"{rounded_up(sgld['epsilon_quantiles']['0.5'])} ({sgld['basis']}); the same request takes "
         f"{sgld['plan']['steps']} steps by {sgld['plan']['bound']}.",

@@ -218,7 +218,7 @@ def _fit(made: _Private, steps: int, title: str, secret: bytes | None = None) ->
     for step in tqdm(range(steps), desc=title, unit="step", disable=None, leave=False):
         if secret is not None:
             reseed(made.sampling, made.noise, secret=secret, step=step)
-        features, labels = next(batches)
+        features, labels = next(batches) if secret is None else next(iter(made.loader))
         made.optimizer.zero_grad()
         criterion(made.model(features), labels).backward()
         made.optimizer.step()

@@ -103,10 +103,10 @@ def run_plan(
     steps = _planned_steps(plan)
     directory = Path(output)
     opened = Ledger.open(ledger)
-    forget = opened.positions_of(list(plan.ids))
-    retained = retained_positions(opened, forget, dataset, positions)
     saved = load_progress(directory, plan.digest)
     _refuse_other_moment(plan, opened, resuming=saved is not None)
+    forget = opened.positions_of(list(plan.ids))
+    retained = retained_positions(opened, forget, dataset, positions)
     job = _Job(
         plan=plan,
         steps=steps,
@@ -222,21 +222,16 @@ def _take(
         plan_digest=job.plan.digest,
     )
     try:
-        batches = _endless(tracked)
         for number in range(start, stop):
             reseed(sampling, noise, secret=saved.secret, step=number)
-            inputs, targets = next(batches)
+            # A new iteration each time: what an iterator has consumed before must not matter for the draw.
+            inputs, targets = next(iter(tracked))
             optimizer.zero_grad()
             job.criterion(wrapped(inputs), targets).backward()
             optimizer.step()
             yield number
     finally:
         wrapped.to_standard_module()
-
-
-def _endless(loader: Any) -> Iterator[Any]:
-    while True:
-        yield from loader
 
 
 def secret_of(seed: int) -> bytes:

@@ -1,0 +1,340 @@
+"""The runner takes exactly the planned steps, whatever interrupts it, on nobody's data but the retained."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from opacus.optimizers import DPOptimizer
+from torch import nn
+from torch.utils.data import Subset, TensorDataset
+
+from per_instance_accountant import FixedThresholds, PrivacyEngine, account, plan, verify
+from per_instance_accountant.errors import PiaError, PlanError, UnsupportedError, UsageError
+from per_instance_accountant.finetuning import UnlearningRun, reseed, run_plan, secret_of
+from per_instance_accountant.ledger import Ledger
+from per_instance_accountant.ledger.records import Phase, Step
+from per_instance_accountant.unlearning import UnlearningPlan, softmax_regression
+
+N, FEATURES, CLASSES = 60, 5, 3
+FORGET = [4, 17]
+CLIP = 1.5
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def dataset() -> TensorDataset:
+    generator = torch.Generator().manual_seed(3)
+    features = torch.randn(N, FEATURES, generator=generator)
+    features *= (0.2 + 0.79 * torch.rand(N, 1, generator=generator)) / features.norm(dim=1, keepdim=True)
+    return TensorDataset(features, torch.randint(0, CLASSES, (N,), generator=generator))
+
+
+def linear() -> nn.Linear:
+    model = nn.Linear(FEATURES, CLASSES, bias=False)
+    nn.init.zeros_(model.weight)
+    return model
+
+
+@dataclass
+class Trained:
+    """A training run on disk, and what is needed to unlearn from it."""
+
+    directory: Path
+    batch_size: int = 15
+
+    @property
+    def ledger(self) -> Path:
+        return self.directory / "run"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.directory / "before.pt"
+
+    def train(self, steps: int = 60) -> Trained:
+        data, model = dataset(), linear()
+        thresholds = np.sqrt(2) * data.tensors[0].norm(dim=1).numpy() * 1.01
+        known = softmax_regression(
+            feature_norm=1.0, num_instances=N, denominator=self.batch_size, individual_thresholds=True
+        )
+        engine = PrivacyEngine(
+            ledger=self.ledger,
+            charging=FixedThresholds(thresholds=thresholds),
+            assumptions=known.to_dict(),
+        )
+        private, optimizer, loader = engine.make_private(
+            module=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.4, weight_decay=0.1),
+            data_loader=torch.utils.data.DataLoader(
+                data, batch_size=self.batch_size, generator=torch.Generator().manual_seed(1)
+            ),
+            noise_multiplier=2.0,
+            max_grad_norm=CLIP,
+            noise_generator=torch.Generator().manual_seed(0),
+        )
+        taken = 0
+        while taken < steps:
+            for x, y in loader:
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(private(x), y).backward()
+                optimizer.step()
+                taken += 1
+        engine.close()
+        torch.save(model.state_dict(), self.checkpoint)
+        return self
+
+    def plan(self, ids: list[int] = FORGET, target: float = 0.05) -> UnlearningPlan:
+        return plan(self.ledger, ids=ids, target_epsilon=target, order=8)
+
+    def run(self, made: UnlearningPlan, **changes: Any) -> UnlearningRun:
+        retained = np.setdiff1d(np.arange(N), list(made.ids)).tolist()
+        arguments: dict[str, Any] = {
+            "ledger": self.ledger,
+            "module": linear(),
+            "dataset": Subset(dataset(), retained),
+            "criterion": nn.CrossEntropyLoss(),
+            "checkpoint": self.checkpoint,
+            "output": self.directory / "after",
+            "seed": 5,
+            "progress": False,
+        }
+        return run_plan(made, **(arguments | changes))
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Trained:
+    return Trained(tmp_path).train()
+
+
+def unlearn_steps(ledger: Path) -> list[Step]:
+    kind, steps = "", []
+    for event in Ledger.open(ledger).events():
+        kind = event.kind if isinstance(event, Phase) else kind
+        steps += [event] if isinstance(event, Step) and kind == "unlearn" else []
+    return steps
+
+
+def test_a_finished_run_has_the_planned_steps_and_a_valid_certificate(trained: Trained) -> None:
+    made = trained.plan()
+    assert made.steps is not None and 1 < made.steps < 60
+    owed_before = account(trained.ledger).rdp
+    run = trained.run(made)
+    steps = unlearn_steps(trained.ledger)
+    assert len(steps) == run.steps == made.steps
+    assert not any(np.isin(step.positions, FORGET).any() for step in steps)
+    assert verify(run.certificate, ledger=trained.ledger, checkpoint=run.checkpoint).valid
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (run.checkpoint, run.certificate)} == {0o600}
+    owed_now = account(trained.ledger).rdp
+    np.testing.assert_array_equal(owed_now[FORGET], owed_before[FORGET])
+    others = np.setdiff1d(np.arange(N), FORGET)
+    assert (owed_now[others] > owed_before[others]).all(), "the retained pay for the noisy steps"
+
+
+def test_each_step_is_the_mechanism_of_the_plan(trained: Trained) -> None:
+    """Full arithmetic by hand: batch, clipped sum, noise, normaliser, regulariser."""
+    made = trained.plan()
+    run = trained.run(made)
+    m = made.mechanism
+    data, theta = dataset(), torch.load(trained.checkpoint, weights_only=True)["weight"].double()
+    thresholds = torch.tensor(np.sqrt(2) * data.tensors[0].norm(dim=1).numpy() * 1.01)
+    for number, step in enumerate(unlearn_steps(trained.ledger)):
+        sampling, noise = torch.Generator(), torch.Generator()
+        reseed(sampling, noise, secret=secret_of(5), step=number)
+        total = torch.zeros_like(theta)
+        for i in step.positions.tolist():
+            x, y = data.tensors[0][i].double(), data.tensors[1][i]
+            residual = torch.softmax(theta @ x, 0) - nn.functional.one_hot(y, CLASSES)
+            gradient = torch.outer(residual, x)
+            assert gradient.norm() <= thresholds[i]
+            total += gradient
+        drawn = torch.normal(0.0, m.noise_std, theta.shape, generator=noise)
+        theta -= m.learning_rate * ((total + drawn.double()) / m.denominator + m.weight_decay * theta)
+    torch.testing.assert_close(run.module.weight.double(), theta, rtol=1e-4, atol=1e-5)
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def kill_before_noise(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """The step is in the ledger, its noise is not drawn yet."""
+    original, count = DPOptimizer.add_noise, [0]
+
+    def add_noise(self: DPOptimizer) -> None:
+        count[0] += 1
+        if count[0] == at:
+            raise Killed
+        original(self)
+
+    monkeypatch.setattr(DPOptimizer, "add_noise", add_noise)
+
+
+def kill_in_loss(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """The batch is drawn, the step is not in the ledger yet."""
+    original, count = nn.CrossEntropyLoss.forward, [0]
+
+    def forward(self: nn.CrossEntropyLoss, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        count[0] += 1
+        if count[0] == at:
+            raise Killed
+        return original(self, x, y)
+
+    monkeypatch.setattr(nn.CrossEntropyLoss, "forward", forward)
+
+
+@pytest.mark.parametrize("kill", [kill_before_noise, kill_in_loss])
+@pytest.mark.parametrize("at", [1, 2, 26, 30])
+def test_a_killed_run_continues_without_losing_or_repeating_a_step(
+    trained: Trained,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kill: Callable[[pytest.MonkeyPatch, int], None],
+    at: int,
+) -> None:
+    made = trained.plan()
+    with monkeypatch.context() as patched:
+        kill(patched, at)
+        with pytest.raises(Killed):
+            trained.run(made)
+    run = trained.run(made)
+    assert len(unlearn_steps(trained.ledger)) == made.steps
+    assert verify(run.certificate, ledger=trained.ledger, checkpoint=run.checkpoint).valid
+    other = Trained(tmp_path / "undisturbed")
+    other.directory.mkdir()
+    undisturbed = other.train().run(other.plan())
+    torch.testing.assert_close(run.module.weight, undisturbed.module.weight, rtol=0, atol=0)
+
+
+def test_an_interrupted_step_is_never_released_with_fresh_noise(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seeded bug: batches and noise that do not follow from the secret are noticed."""
+    made = trained.plan()
+    with monkeypatch.context() as patched:
+        kill_before_noise(patched, 3)
+        with pytest.raises(Killed):
+            trained.run(made)
+    calls = iter(range(1000))
+
+    def careless(sampling: torch.Generator, noise: torch.Generator, *, secret: bytes, step: int) -> None:
+        noise.manual_seed(next(calls))
+        sampling.manual_seed(next(calls))
+
+    monkeypatch.setattr("per_instance_accountant.finetuning.runner.reseed", careless)
+    with pytest.raises(PlanError, match="PIA033"):
+        trained.run(made)
+
+
+def test_without_a_seed_two_runs_differ(tmp_path: Path) -> None:
+    weights = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        one = Trained(tmp_path / name).train()
+        weights.append(one.run(one.plan(), seed=None).module.weight.detach())
+    assert not torch.equal(*weights)
+
+
+def test_a_second_request_builds_on_the_first(trained: Trained) -> None:
+    first = trained.run(trained.plan())
+    with pytest.raises(PlanError, match="PIA032"):
+        trained.plan([FORGET[0], 30])
+    second = trained.plan([30])
+    retained = np.setdiff1d(np.arange(N), [*FORGET, 30]).tolist()
+    run = trained.run(
+        second,
+        dataset=Subset(dataset(), retained),
+        checkpoint=first.checkpoint,
+        output=trained.directory / "second",
+    )
+    assert verify(run.certificate, ledger=trained.ledger, checkpoint=run.checkpoint).valid
+    still_there = Subset(dataset(), np.setdiff1d(np.arange(N), [30, 31]).tolist())
+    third = trained.plan([31])
+    with pytest.raises(PlanError, match="PIA034"):
+        trained.run(third, dataset=still_there, output=trained.directory / "third")
+
+
+def refusals(trained: Trained, made: UnlearningPlan) -> dict[str, tuple[type[PiaError], dict[str, Any]]]:
+    all_rows, retained = list(range(N)), np.setdiff1d(np.arange(N), FORGET).tolist()
+    harmful = trained.directory / "pickle.pt"
+    torch.save({"weight": trained}, harmful)
+    misfit = trained.directory / "misfit.pt"
+    torch.save(nn.Linear(2, 2).state_dict(), misfit)
+    return {
+        "a forgotten row": (PlanError, {"dataset": Subset(dataset(), all_rows)}),
+        "a missing row": (PlanError, {"dataset": Subset(dataset(), retained[1:])}),
+        "a repeated row": (PlanError, {"dataset": Subset(dataset(), [*retained[1:], retained[1]])}),
+        "unknown positions": (UsageError, {"dataset": dataset()}),
+        "wrong positions": (UsageError, {"dataset": dataset(), "positions": [1, 2]}),
+        "a pickle": (UnsupportedError, {"checkpoint": harmful}),
+        "another model": (UsageError, {"checkpoint": misfit}),
+    }
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "a forgotten row",
+        "a missing row",
+        "a repeated row",
+        "unknown positions",
+        "wrong positions",
+        "a pickle",
+        "another model",
+    ],
+)
+def test_what_does_not_fit_is_refused_and_nothing_is_written(trained: Trained, case: str) -> None:
+    made = trained.plan()
+    error, change = refusals(trained, made)[case]
+    before = Ledger.open(trained.ledger).digest
+    with pytest.raises(error):
+        trained.run(made, **change)
+    assert Ledger.open(trained.ledger).digest == before
+    assert not (trained.directory / "after").exists()
+
+
+def test_a_plan_of_another_moment_is_refused(trained: Trained) -> None:
+    stale = trained.plan([30])
+    trained.run(trained.plan())
+    with pytest.raises(PlanError, match="PIA033"):
+        trained.run(stale, output=trained.directory / "other")
+
+
+def test_an_unreachable_plan_is_refused(trained: Trained) -> None:
+    hopeless = plan(trained.ledger, ids=FORGET, target_epsilon=1e-9, order=8, assumptions={})
+    assert not hopeless.reachable and hopeless.steps is None
+    with pytest.raises(PlanError, match="PIA030"):
+        trained.run(hopeless)
+
+
+def test_an_output_directory_of_another_plan_is_refused(trained: Trained) -> None:
+    trained.run(trained.plan())
+    with pytest.raises(PlanError, match="PIA033"):
+        trained.run(trained.plan([30]))
+
+
+def test_a_model_that_diverged_gets_no_certificate(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = trained.plan()
+    original = DPOptimizer.add_noise
+
+    def infinite(self: DPOptimizer) -> None:
+        original(self)
+        for p in self.params:
+            p.grad.mul_(float("inf"))
+
+    monkeypatch.setattr(DPOptimizer, "add_noise", infinite)
+    with pytest.raises(PiaError):
+        trained.run(made)
+    assert not (trained.directory / "after" / "certificate.json").exists()
