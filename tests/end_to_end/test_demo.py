@@ -1,4 +1,4 @@
-"""``pia demo`` as a user meets it: one command, real data, one JSON object, nothing that cannot be checked again."""
+"""``pia demo`` as a user meets it: one command, real data, one JSON object, all of it checkable."""
 
 from __future__ import annotations
 
