@@ -1,7 +1,7 @@
 """Records <-> payload bytes: canonical JSON for metadata, Arrow IPC for columns, raw arrays for the rest.
 
-Encoders refuse what could not be read back. Decoders get bytes that passed the checks of their frame and refuse
-whatever is not the encoding of a record.
+Encoders refuse what could not be read back. Decoders get bytes that passed the checks of their frame, and
+refuse whatever is not the encoding of a record.
 """
 
 from __future__ import annotations

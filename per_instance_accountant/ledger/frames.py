@@ -1,7 +1,7 @@
 """Frames of the event log: how bytes are cut, checked and chained.
 
-``header (24) | payload | CRC-32 of the payload (4) | chain value (32) | end mark (1)``; the header carries its
-own checksum, so that a flipped length is damage and not an unfinished write. Layout and recovery rules:
+``header (24) | payload | CRC-32 of the payload (4) | chain value (32) | end mark (1)``; the header carries
+its own checksum, so that a flipped length is damage and not an unfinished write. Layout and recovery rules:
 docs/ledger_format.md.
 """
 

@@ -100,7 +100,7 @@ class DirectorySource:
 
 
 def directory_source(path: Path) -> DirectorySource:
-    """Source of an existing ledger. Raises LedgerError PIA041 if the key is missing, a link or not 32 bytes."""
+    """Source of an existing ledger. Raises LedgerError PIA041 if its key is missing, a link or cut."""
     try:
         return DirectorySource(path.absolute(), _read_key(path))
     except OSError as error:
