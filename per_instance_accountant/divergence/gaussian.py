@@ -15,8 +15,8 @@ Floats = NDArray[np.float64]
 
 _SLACK: Final = 1e-12
 """Slack on log delta, above the error of its evaluation (docs/math/conversions.md)."""
-_X4, _W4 = np.polynomial.legendre.leggauss(6)
-_TAIL: Final = [float((-1) ** k * math.prod(range(2 * k + 1, 0, -2))) for k in range(25, -1, -1)]
+_GAUSS_X, _GAUSS_W = np.polynomial.legendre.leggauss(6)
+_TAIL: Final = [float((-1) ** k * math.prod(range(2 * k + 1, 0, -2))) for k in range(16, -1, -1)]
 
 
 def _mills(x: Floats) -> Floats:
@@ -43,9 +43,7 @@ def _log_delta(mu: Floats, x: Floats) -> Floats:
     right = np.maximum(x, -1.0)
     difference = _mills(right) - _mills(right + mu)
     width = np.minimum(mu, 0.1 * np.maximum(right, 1.0))
-    integral = sum(
-        weight * _mills_slope(right + width / 2 * (1 + node)) for node, weight in zip(_X4, _W4, strict=True)
-    )
+    integral = _mills_slope(right[..., None] + width[..., None] / 2 * (1 + _GAUSS_X)) @ _GAUSS_W
     difference = np.where(mu <= width, integral * width / 2, difference)
     tail = (
         -0.5 * right * right

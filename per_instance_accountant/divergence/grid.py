@@ -51,7 +51,7 @@ class SensitivityGrid:
         >>> [part.tolist() for part in SensitivityGrid(bits=1, octaves=2).locate([0.0, 0.125, 0.4375, 1.0])]
         [[0, 0, 2, 4], [0.0, 0.5, 0.5, 1.0]]
         """
-        values = np.ascontiguousarray(as_float_array("v", v, 32)) + 0.0
+        values = np.array(as_float_array("v", v, 32), order="C") + 0.0
         outside = ~((values >= 0) & (values <= 1))
         if outside.any():
             raise bad_argument("v", f"has {int(outside.sum())} entries outside", "[0, 1]")

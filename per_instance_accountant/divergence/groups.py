@@ -41,7 +41,7 @@ def group_gaussian_rdp(sample_rate: float, ratios: ArrayLike, orders: ArrayLike)
     [0.034540432, 2.684237112]
     """
     rate, members, grid = _arguments(sample_rate, ratios, orders)
-    total = members.sum() * (1 + ROUNDING if members.size > 1 else 1.0)
+    total = members.sum() * (1 + ROUNDING * max(members.size - 1, 0))
     everybody = gaussian_rdp(total, grid)[0]
     if rate in (0.0, 1.0) or total == 0 or np.isinf(total):
         return everybody if rate == 1 or np.isinf(total) else np.zeros(grid.size)
@@ -72,7 +72,7 @@ def group_gaussian_rdp_removal(sample_rate: float, ratios: ArrayLike, orders: Ar
     """
     rate, members, grid = _arguments(sample_rate, ratios, orders)
     both = group_gaussian_rdp(rate, members, grid)
-    total = members.sum() * (1 + ROUNDING if members.size > 1 else 1.0)
+    total = members.sum() * (1 + ROUNDING * max(members.size - 1, 0))
     low, high = np.floor(grid), np.ceil(grid)
     values = sampled_gaussian_rdp(rate, total, np.concatenate([np.maximum(low, 2.0), high]))[0]
     left, right = (low - 1) * values[: grid.size], (high - 1) * values[grid.size :]
@@ -85,12 +85,13 @@ def _arguments(sample_rate: float, ratios: ArrayLike, orders: ArrayLike) -> tupl
     rate = as_float_array("sample_rate", sample_rate, 0).item()
     if not 0 <= rate <= 1:
         raise bad_argument("sample_rate", f"is {rate}", "[0, 1]")
-    return float(rate), np.atleast_1d(as_nonnegative("ratios", ratios, 1)), as_orders(orders)
+    members = np.atleast_1d(as_nonnegative("ratios", ratios, 1))
+    return float(rate), members[members > 0], as_orders(orders)
 
 
 def _merged(members: Floats) -> tuple[Floats, Floats]:
     """Distinct ratios and how often each occurs; many distinct ones are first rounded up to a few levels."""
-    positive = members[members > 0]
+    positive = members
     if np.unique(positive).size > _LEVELS:
         exponent = np.ceil(np.log2(positive / positive.max()) * 16) / 16
         positive = np.maximum(

@@ -39,7 +39,7 @@ def bad_argument(name: str, happened: str, allowed: str, *, code: str = "PIA070"
 
 
 def as_float_array(name: str, values: ArrayLike, max_ndim: int) -> NDArray[np.float64]:
-    """Float64 array without NaN, not necessarily a copy. Raises UsageError PIA071 (type, shape) or PIA070 (NaN)."""
+    """Float64 array without NaN. Raises UsageError PIA071 (type, shape) or PIA070 (NaN)."""
     try:
         raw = np.asarray(values)
         if raw.dtype.kind not in "fiu":

@@ -21,8 +21,6 @@ Floats = NDArray[np.float64]
 _REACH: Final = 8.6
 """Half-width, in standard deviations, of the window kept around each bump: the tail beyond is below 2e-17."""
 _STEP: Final = 0.4
-_GROUP: Final = 8.0
-"""Orders minus 1 within this factor of each other share their nodes."""
 _PANEL: Final = 3.0
 _SERIES: Final = [1 / math.factorial(k) for k in range(10, 1, -1)]
 _GAUSS_X, _GAUSS_W = np.polynomial.legendre.leggauss(12)
@@ -30,26 +28,35 @@ _LOG_SQRT_2PI: Final = 0.5 * math.log(2 * math.pi)
 
 
 def log_moments(sample_rate: float, ratios: Floats, orders: Floats) -> Floats:
-    """``log A`` for every pair, (n, m); sample_rate in (0, 1), ratios (n,) above 0, orders (m,) above 1."""
+    """``log A`` for every pair, (n, m); sample_rate in (0, 1), ratios (n,) above 0, orders (m,) above 1.
+
+    The nodes of a ratio depend on its octave, not on the other ratios: equal ratios have bit-equal values in
+    every call with the same orders.
+    """
     result = np.empty((ratios.size, orders.size))
-    excess = orders - 1
-    by_order, by_ratio = np.argsort(excess), np.argsort(ratios)
-    start = 0
-    while start < orders.size:
-        stop = int(np.searchsorted(excess[by_order], _GROUP * excess[by_order[start]], side="right"))
-        columns = by_order[start:stop]
-        reach = orders[columns[-1]] * ratios[by_ratio]
-        shared = (ratios[by_ratio] <= 2) & ((reach <= 24) | (reach * ratios[by_ratio] <= 8))
-        rows = by_ratio[shared]
-        for block in np.array_split(rows, math.ceil(rows.size / 128)) if rows.size else ():
-            result[np.ix_(block, columns)] = _on_lattice(sample_rate, ratios[block], excess[columns])
-        rows = by_ratio[~shared]
-        if rows.size:
-            pairs = np.ix_(rows, columns)
-            grid_r, grid_h = np.broadcast_arrays(ratios[rows][:, None], excess[columns])
-            result[pairs] = _on_panels(sample_rate, grid_r.ravel(), grid_h.ravel()).reshape(grid_r.shape)
-        start = stop
+    octave = np.frexp(ratios)[1]
+    for columns in _order_groups(orders):
+        excess = orders[columns] - 1
+        reach = orders[columns[-1]] * ratios
+        shared = (octave <= 1) & ((reach <= 24) | (reach * ratios <= 8))
+        # Ratios far below 1 / order need no octave of their own.
+        key = np.where(shared, np.maximum(octave, -2 - np.frexp(orders[columns[-1]])[1]), octave)
+        for chosen, kernel in ((shared, _on_lattice), (~shared, _on_panels)):
+            for exponent in np.unique(key[chosen]):
+                rows = np.flatnonzero(chosen & (key == exponent))
+                for block in np.array_split(rows, math.ceil(rows.size / 128)):
+                    result[np.ix_(block, columns)] = kernel(sample_rate, ratios[block], excess, 2.0**exponent)
     return result
+
+
+def _order_groups(orders: Floats) -> list[NDArray[np.intp]]:
+    """Indices of the orders, ascending, in groups whose orders minus 1 differ by a factor of at most 8."""
+    ranks = np.argsort(orders, kind="stable")
+    excess = orders[ranks] - 1
+    starts = [0]
+    while (stop := int(np.searchsorted(excess, 8 * excess[starts[-1]], side="right"))) < orders.size:
+        starts.append(stop)
+    return np.split(ranks, starts[1:])
 
 
 def _exp_excess(x: Floats) -> Floats:
@@ -63,9 +70,8 @@ def _exp_excess(x: Floats) -> Floats:
     return np.asarray(np.where(small, t * t * series, np.expm1(x) - x))
 
 
-def _on_lattice(q: float, ratios: Floats, excess: Floats) -> Floats:
-    """Trapezoidal rule on one lattice for a block of ratios <= 2 and a group of orders, (n, m)."""
-    largest = ratios.max()
+def _on_lattice(q: float, ratios: Floats, excess: Floats, largest: float) -> Floats:
+    """Trapezoidal rule on one lattice for ratios below ``largest <= 2`` and a group of orders, (n, m)."""
     step = _STEP / max(1.0, largest)
     z = np.arange(-_REACH, _REACH + max(2.0, 1 + excess[-1]) * largest + step, step)
     log_ratio = np.log1p(q * np.expm1(ratios[:, None] * z - (ratios * ratios / 2)[:, None]))
@@ -74,11 +80,13 @@ def _on_lattice(q: float, ratios: Floats, excess: Floats) -> Floats:
     near = np.abs(log_ratio) * excess[-1] <= 0.5
     rest = (mass * _exp_excess(-log_ratio)).sum(axis=1)[:, None] * excess
     rest += _by_moments(np.where(near, mass, 0.0), log_ratio, excess)
-    far = ~near.all(axis=0)
+    up, down = (q * np.expm1(sign * largest * (np.abs(z) + largest / 2)) for sign in (1, -1))
+    far = np.maximum(np.log1p(up), -np.log1p(down)) * excess[-1] > 0.5
     if not far.any():
         return np.asarray(np.log1p(rest))
-    log_ratio, near = log_ratio[:, far], near[:, far]
-    base, mass = np.where(near, -np.inf, base[:, far]), np.where(near, 0.0, mass[:, far])
+    log_ratio, base = np.compress(far, log_ratio, axis=1), np.compress(far, base, axis=1)
+    base[np.compress(far, near, axis=1)] = -np.inf
+    mass = np.exp(base)
     rest -= mass.sum(axis=1)[:, None] + (mass * log_ratio).sum(axis=1)[:, None] * excess
     result, work = np.empty_like(rest), np.empty_like(base)
     for column, h in enumerate(excess):
@@ -103,20 +111,20 @@ def _by_moments(mass: Floats, log_ratio: Floats, excess: Floats) -> Floats:
     return np.asarray(total)
 
 
-def _on_panels(q: float, ratios: Floats, excess: Floats) -> Floats:
-    """Gauss-Legendre panels laid out for each (ratio, order) pair, (p,)."""
-    result = np.empty(ratios.size)
-    ranks = np.argsort(ratios)
-    for block in np.array_split(ranks, math.ceil(ranks.size / 32)):
-        result[block] = _panel_block(q, ratios[block], excess[block])
-    return result
+def _on_panels(q: float, ratios: Floats, excess: Floats, largest: float) -> Floats:
+    """Gauss-Legendre panels laid out for each pair, ratios in [largest / 2, largest), (n, m)."""
+    r, h = (pair.ravel() for pair in np.broadcast_arrays(ratios[:, None], excess))
+    blocks = np.array_split(np.arange(r.size), math.ceil(r.size / 32))
+    return np.concatenate([_panel_block(q, r[block], h[block], largest) for block in blocks]).reshape(
+        -1, excess.size
+    )
 
 
-def _panel_block(q: float, ratios: Floats, excess: Floats) -> Floats:
+def _panel_block(q: float, ratios: Floats, excess: Floats, largest: float) -> Floats:
     log_q, log_odds = math.log(q), math.log1p(-q) - math.log(q)
     r, h = ratios[:, None], excess[:, None]
     switch = log_odds / r + r / 2
-    edges = _panel_edges(r, 1 + h, switch)
+    edges = _panel_edges(r, 1 + h, switch, largest)
     half = np.diff(edges, axis=1) / 2
     t = ((edges[:, :-1] + half)[:, :, None] + half[:, :, None] * _GAUSS_X).reshape(ratios.size, -1)
     weight = (half[:, :, None] * _GAUSS_W).reshape(ratios.size, -1)
@@ -137,20 +145,21 @@ def _panel_block(q: float, ratios: Floats, excess: Floats) -> Floats:
     return np.asarray(np.logaddexp(0.0, peak + np.log(total) - _LOG_SQRT_2PI))
 
 
-def _panel_edges(r: Floats, order: Floats, switch: Floats) -> Floats:
+def _panel_edges(r: Floats, order: Floats, switch: Floats, largest: float) -> Floats:
     """Sorted panel edges (p, e) relative to the switch: fine around 0, r, 2r, order r, graded there."""
     zero, spread = np.zeros_like(r), np.minimum(1.5 / r, order * r)
-    if float(r.max()) <= 2:
+    if largest <= 2:
         bumps = [(zero, zero, np.maximum(spread, 2 * r)), (order * r, spread, zero)]
     else:
         bumps = [(zero, zero, spread), (r, zero, zero), (2 * r, zero, zero), (order * r, spread, zero)]
+    widest = 2 * _REACH + (max(3 / largest, 2 * largest) if largest <= 2 else 3 / largest)
+    fractions = np.linspace(0, 1, math.ceil(widest / _PANEL) + 1)
     windows = []
     for centre, left, right in bumps:
         low, high = centre - _REACH - left, centre + _REACH + right
-        count = math.ceil(float((high - low).max()) / _PANEL)
-        windows.append(low + (high - low) * np.linspace(0, 1, count + 1))
+        windows.append(low + (high - low) * fractions)
     # Away from the switch by 2^7 / r the integrand has no bump that a window above would miss.
-    scales = 2.0 ** np.arange(1, min(7, math.ceil(math.log2(max(8 * float(r.max()), 4)))) + 1)
+    scales = 2.0 ** np.arange(1, min(7, math.ceil(math.log2(max(8 * largest, 4)))) + 1)
     graded = np.concatenate([-scales[::-1], [0.0], scales]) / r
     edges = np.concatenate([np.concatenate(windows, axis=1) - switch, graded], axis=1)
     low, high = -_REACH - switch, np.maximum(order, 2) * r + _REACH - switch

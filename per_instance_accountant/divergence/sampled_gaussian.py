@@ -107,7 +107,8 @@ def _integer_log_moments(q: float, ratios: Floats, orders: Floats) -> Floats:
         k = np.arange(2, int(orders.max()) + 1, dtype=np.float64)
         growth = np.expm1(np.minimum(np.outer(square, k * (k - 1) / 2), _SAFE_EXPONENT))
         for column, (order, log_pmf) in enumerate(zip(orders, log_pmfs, strict=True)):
-            result[rows, column] = np.log1p(growth[:, : log_pmf.size] @ np.exp(log_pmf))
+            total = np.einsum("nk,k->n", growth[:, : log_pmf.size], np.exp(log_pmf))
+            result[rows, column] = np.log1p(total)
             large = rows[order * (order - 1) / 2 * square > _SAFE_EXPONENT]
             if large.size:
                 result[large, column] = _large_log_moments(q, ratios[large], float(order), log_pmf)

@@ -11,7 +11,7 @@ Exact = Callable[[float, float, float], mp.mpf]
 
 
 def _alternating_sum(term: Callable[[int], mp.mpf], n: int) -> mp.mpf:
-    """sum (-1)^k term(k), term(k) moments of a measure on [0, 1] (Cohen, Rodriguez Villegas and Zagier 2000)."""
+    """sum (-1)^k term(k), term(k) moments of a measure on [0, 1] (Cohen, Villegas and Zagier 2000)."""
     d = (3 + mp.sqrt(8)) ** n
     d = (d + 1 / d) / 2
     b, c, total = mp.mpf(-1), -d, mp.mpf(0)

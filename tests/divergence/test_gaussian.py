@@ -96,7 +96,7 @@ def test_limits() -> None:
     )
     mus = np.geomspace(1e-10, 1e3, 200)
     assert (np.diff(gaussian_epsilon(mus, 1e-5)) >= 0).all()
-    assert gaussian_epsilon(mus, 1e-5).tolist() == [gaussian_epsilon(mu, 1e-5) for mu in mus]
+    assert gaussian_epsilon(mus, 1e-5)[::40].tolist() == [gaussian_epsilon(mu, 1e-5) for mu in mus[::40]]
 
 
 @pytest.mark.parametrize(

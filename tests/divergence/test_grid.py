@@ -81,7 +81,8 @@ def test_the_chord_is_tight_and_exact_at_the_nodes() -> None:
     assert not _chord(table, np.array([0.0])).any()
     v = np.linspace(1e-3, 1, 500)
     excess = _chord(table, v) / sampled_gaussian_rdp(0.02, np.sqrt(v), ORDERS) - 1
-    assert excess[:, ORDERS <= 8].max() < 0.02
+    assert excess[:, ORDERS <= 8].max() < 0.05
+    assert excess[:, ORDERS <= 8].mean() < 0.002
 
 
 def test_shapes() -> None:

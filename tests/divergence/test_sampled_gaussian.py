@@ -264,6 +264,14 @@ def test_covers_the_other_direction(q: float, noise: float, a: float) -> None:
     assert math.log(moment) / (a - 1) <= sampled_gaussian_rdp(q, 1 / noise, a)[0, 0]
 
 
+def test_equal_ratios_have_equal_bits_whatever_stands_beside_them() -> None:
+    r = np.concatenate([np.geomspace(1e-6, 40, 150), [1.0]])
+    orders = [1.1, 2.5, 10.9, 12.0, 63.0, 700.5, 3000.0]
+    block = sampled_gaussian_rdp(0.02, r, orders)
+    for i in range(0, r.size, 6):
+        assert sampled_gaussian_rdp(0.02, r[i], orders)[0].tolist() == block[i].tolist()
+
+
 def test_shapes_scalars_and_order_of_arguments() -> None:
     block = sampled_gaussian_rdp(sample_rate=0.1, ratios=[0.9, 0.1, 0.5], orders=[8, 1.5, 64, 3.25])
     assert block.shape == (3, 4)
