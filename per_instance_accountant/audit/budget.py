@@ -14,6 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from per_instance_accountant.accounting import Basis, ChargingRule, account
+from per_instance_accountant.audit.rounding import rounded_up
 from per_instance_accountant.audit.statement import statement_text
 from per_instance_accountant.errors import UsageError
 from per_instance_accountant.ledger import Ledger
@@ -150,11 +151,11 @@ class BudgetAudit:
                 writer.writerow([_inert(cell) for cell in row])
 
     def __repr__(self) -> str:
-        low, middle, high = self.quantiles([0.1, 0.5, 0.9])
+        low, middle, high = (rounded_up(q) for q in self.quantiles([0.1, 0.5, 0.9]).tolist())
         return (
             f"BudgetAudit({len(self.ids)} instances, {self.num_steps} steps, delta={self.delta:g}: "
-            f"worst case {self.worst_case:.3f} (CERTIFIED); "
-            f"p10 {low:.3f}, median {middle:.3f}, p90 {high:.3f} ({self.basis}))"
+            f"worst case {rounded_up(self.worst_case)} (CERTIFIED); "
+            f"p10 {low}, median {middle}, p90 {high} ({self.basis}))"
         )
 
 

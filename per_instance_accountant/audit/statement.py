@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from per_instance_accountant.accounting import Basis
+from per_instance_accountant.audit.rounding import rounded_up
 
 if TYPE_CHECKING:
     from per_instance_accountant.audit.budget import BudgetAudit
@@ -34,7 +35,7 @@ def statement_text(audit: BudgetAudit) -> str:
         f"Sampling: {'; '.join(sampling) or 'no step was taken'}.",
         f"Released: all {audit.num_steps} noisy updates, hence every checkpoint and the final model.",
         "Not covered: hyperparameter search, later use of the data, floating-point and timing side channels.",
-        f"The worst case, epsilon {audit.worst_case:.4g} at delta {audit.delta:g}, is CERTIFIED for all.",
+        f"The worst case is epsilon {rounded_up(audit.worst_case)} at delta {audit.delta:g}: CERTIFIED.",
         f"Individual values rest on {'+'.join(audit.charging)}. {_MEANING[audit.basis]}",
         "Individual values depend on the data. Treat them like the training data.",
     ]

@@ -21,8 +21,9 @@ from tqdm.auto import tqdm
 from per_instance_accountant.accounting import LastSeen
 from per_instance_accountant.audit import audit
 from per_instance_accountant.audit.budget import BudgetAudit
+from per_instance_accountant.audit.rounding import rounded_up
 from per_instance_accountant.cli import demo_training as training
-from per_instance_accountant.cli.printing import SENSITIVE, Format, Page, Table, emit, rounded_up
+from per_instance_accountant.cli.printing import SENSITIVE, Format, Page, Table, emit
 from per_instance_accountant.errors import UsageError
 from per_instance_accountant.finetuning import run_plan
 from per_instance_accountant.unlearning import UnlearningPlan, plan, verify
@@ -219,15 +220,11 @@ def _rows(name: str, result: BudgetAudit) -> list[dict[str, Any]]:
     summary = result.to_dict()
     quantiles = summary["epsilon_quantiles"]
     shown = {"p10": quantiles["0.1"], "median": quantiles["0.5"], "p90": quantiles["0.9"]}
-    return [
-        {
-            "run": name,
-            **shown,
-            "max": summary["epsilon_max"],
-            "worst case": result.worst_case,
-            "basis": result.basis,
-        }
-    ]
+    return [{"run": name, **shown, "max": summary["epsilon_max"], "basis": result.basis}]
+
+
+def _worst(name: str, result: BudgetAudit, opacus: float) -> dict[str, Any]:
+    return {"run": name, "worst case": result.worst_case, "Opacus' accountant": opacus, "basis": "CERTIFIED"}
 
 
 def _page(document: dict[str, Any], convex: dict[str, Any], network: dict[str, Any]) -> Page:
@@ -235,11 +232,11 @@ def _page(document: dict[str, Any], convex: dict[str, Any], network: dict[str, A
     sgld = document["sgld"]
     budgets = _rows("convex, DP-SGD", convex["audit"]) + _rows("network, DP-SGD", network["swept"])
     budgets += _rows("network, last seen", network["last_seen"])
-    head = [
-        f"Individual epsilon at delta {DELTA:g}: {document['instances']} digits, {STEPS} steps each",
-        f"Opacus' own accountant: convex {document['convex']['epsilon_opacus']:.4f}, network "
-        f"{document['epsilon_opacus']:.4f} (its worst case)",
+    worst = [
+        _worst("convex, DP-SGD", convex["audit"], document["convex"]["epsilon_opacus"]),
+        _worst("network, DP-SGD", network["swept"], document["epsilon_opacus"]),
     ]
+    head = [f"Individual epsilon at delta {DELTA:g}: {document['instances']} digits, {STEPS} steps each"]
     artefacts, verdict = document["artefacts"], "VALID" if document["certificate"]["valid"] else "NOT VALID"
     notes = [
         f"Forget {made['requested']} digits from the convex model: {made['steps']} noisy fine-tuning steps "
@@ -275,7 +272,7 @@ def _page(document: dict[str, Any], convex: dict[str, Any], network: dict[str, A
     ]
     return Page(
         head=head,
-        tables=[Table.of(budgets), Table.of(top), Table.of(classes)],
+        tables=[Table.of(table) for table in (worst, budgets, top, classes)],
         document=document,
         notes=notes,
     )

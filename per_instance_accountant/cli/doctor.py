@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from per_instance_accountant.cli.printing import rounded_up
+from per_instance_accountant.audit.rounding import rounded_up
 
 Finding = dict[str, str]
 

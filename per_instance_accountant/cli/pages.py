@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from per_instance_accountant.cli.printing import SENSITIVE, Page, Table, rounded_up
+from per_instance_accountant.audit.rounding import rounded_up
+from per_instance_accountant.cli.printing import SENSITIVE, Page, Table
 
 if TYPE_CHECKING:
     from per_instance_accountant.audit.budget import BudgetAudit

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import decimal
 import enum
 import json
 import math
@@ -12,10 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from per_instance_accountant.errors import GuaranteeError
+from per_instance_accountant.audit.rounding import not_nan, rounded_up
 
 SENSITIVE = "Individual values are computed from the training data and are as sensitive as the training data."
-_ROUND_UP = decimal.Context(prec=4, rounding=decimal.ROUND_CEILING)
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
@@ -59,30 +57,6 @@ class Page:
     notes: Sequence[str] = ()
 
 
-def _not_nan(value: float) -> float:
-    if math.isnan(value):
-        raise GuaranteeError(
-            "PIA011",
-            "a result is not a number",
-            "Nothing was printed in its place, because NaN passes for any bound",
-            "pia doctor",
-        )
-    return value
-
-
-def rounded_up(value: float) -> str:
-    """Four significant digits, never below the value: what is shown of an upper bound is an upper bound.
-
-    Raises GuaranteeError PIA011 for NaN.
-
-    >>> rounded_up(8.02513), rounded_up(1e-05), rounded_up(float("inf"))
-    ('8.026', '1e-05', 'inf')
-    """
-    if math.isinf(_not_nan(value)):
-        return str(value)
-    return f"{float(_ROUND_UP.create_decimal(repr(value))):.4g}"
-
-
 def _text(cell: object) -> str:
     """A cell for the terminal; control characters are spelled out, so that no id can steer it."""
     plain = as_json(cell)
@@ -119,7 +93,7 @@ def as_json(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [as_json(entry) for entry in value]
     if isinstance(value, float):
-        return str(value) if math.isinf(_not_nan(value)) else value
+        return str(value) if math.isinf(not_nan(value)) else value
     return str(value) if isinstance(value, enum.Enum) else value
 
 

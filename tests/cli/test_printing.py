@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from per_instance_accountant.cli.printing import Format, Page, Table, as_csv_cell, emit, rounded_up
+from per_instance_accountant.audit.rounding import rounded_up
+from per_instance_accountant.cli.printing import Format, Page, Table, as_csv_cell, emit
 from per_instance_accountant.errors import GuaranteeError
 
 POSITIVE = st.floats(min_value=1e-300, max_value=1e300)
