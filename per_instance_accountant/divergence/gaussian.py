@@ -36,15 +36,15 @@ def _mills_slope(x: Floats) -> Floats:
 
 
 def _log_delta(mu: Floats, x: Floats) -> Floats:
-    """Upper bound of log delta at ``epsilon = mu (x + mu / 2) >= 0``, mu in (0, inf), x finite.
+    """Upper bound of log delta at ``epsilon = mu (x + mu / 2) >= 0``, mu (n,) in (0, inf), x (n,) finite.
 
     delta = phi(x) (mills(x) - mills(x + mu)) because ``e^epsilon phi(x + mu) = phi(x)``.
     """
     right = np.maximum(x, -1.0)
     difference = _mills(right) - _mills(right + mu)
-    width = np.minimum(mu, 0.1 * np.maximum(right, 1.0))
-    integral = _mills_slope(right[..., None] + width[..., None] / 2 * (1 + _GAUSS_X)) @ _GAUSS_W
-    difference = np.where(mu <= width, integral * width / 2, difference)
+    thin = mu <= 0.1 * np.maximum(right, 1.0)
+    half = mu[thin] / 2
+    difference[thin] = half * (_mills_slope(right[thin][:, None] + half[:, None] * (1 + _GAUSS_X)) @ _GAUSS_W)
     tail = (
         -0.5 * right * right
         - 0.5 * math.log(2 * math.pi)
@@ -58,7 +58,7 @@ def _log_delta(mu: Floats, x: Floats) -> Floats:
 
 
 def _log_delta_at(mu: Floats, epsilon: Floats) -> Floats:
-    """Upper bound of log delta at mu in (0, inf) and epsilon in [0, inf)."""
+    """Upper bound of log delta at mu (n,) in (0, inf) and epsilon in [0, inf)."""
     quotient = epsilon / mu
     x = np.where(np.isfinite(quotient), quotient - mu / 2 - ROUNDING * (quotient + mu / 2), 1e300)
     return np.where(x > 1e150, -np.inf, _log_delta(mu, np.minimum(x, 1e150)))
@@ -139,11 +139,11 @@ def gaussian_mu(epsilon: float, delta: float) -> float:
         return 0.0
     log_target = math.log(probability)
     low, high = -700.0, 1.0
-    while _log_delta_at(np.exp(np.float64(high)), target) <= log_target and high < 300:
+    while _log_delta_at(np.exp([high]), target) <= log_target and high < 300:
         high *= 2
     for _ in range(80):
         middle = (low + high) / 2
-        if _log_delta_at(np.exp(np.float64(middle)), target) <= log_target:
+        if _log_delta_at(np.exp([middle]), target) <= log_target:
             low = middle
         else:
             high = middle
