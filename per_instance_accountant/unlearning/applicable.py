@@ -81,7 +81,7 @@ def contraction_of(facts: Facts) -> float | None:
 
 
 Requirement = Callable[[Facts], str | None]
-"""None when it is met, else the reason in words."""
+"""None when it is met, else the reason."""
 
 
 def _one_state(facts: Facts) -> str | None:
@@ -94,7 +94,7 @@ def _one_state(facts: Facts) -> str | None:
 def _one_branch(facts: Facts) -> str | None:
     if facts.chain.abandoned_steps == 0:
         return None
-    return f"{facts.chain.abandoned_steps} steps were abandoned and may have been seen: the iterates are not hidden"
+    return f"{facts.chain.abandoned_steps} abandoned steps may have been seen: the iterates are not hidden"
 
 
 def _contraction_known(facts: Facts) -> str | None:

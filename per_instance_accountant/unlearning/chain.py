@@ -168,7 +168,7 @@ class _Reading:
     def _resume(self, event: Resume) -> None:
         self.abandoned += self.steps - event.at_step
         # A request stated after the checkpoint was stated for the branch that is left behind.
-        while self.requests and self.requests[-1][0] >= event.at_step and self.steps > event.at_step:
+        while self.requests and self.requests[-1][0] >= event.at_step:
             self.forgotten &= ~self.requests.pop()[1]
 
     def _step(self, step: Step, count: bool) -> None:

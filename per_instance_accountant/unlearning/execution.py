@@ -35,6 +35,7 @@ class _Walk:
     values: NDArray[np.float32] | None = None
     steps: int = 0
     requests: list[NDArray[np.int64]] = field(default_factory=list)
+    forgotten: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     phases: dict[Phase, None] = field(default_factory=dict)
     strays: int = 0
     drawn: bool = False
@@ -50,8 +51,7 @@ def read_execution(ledger: Ledger, *, first: int, steps: int, plan_digest: str) 
         elif isinstance(event, Thresholds):
             _thresholds(walk, event, first)
         elif isinstance(event, Resume):
-            walk.went_back |= walk.steps > first and event.at_step < walk.steps
-            walk.went_back |= event.at_step < first <= walk.steps
+            _resume(walk, event, first)
         else:
             _step(walk, event, first, steps, plan_digest)
     return Execution(
@@ -64,10 +64,19 @@ def read_execution(ledger: Ledger, *, first: int, steps: int, plan_digest: str) 
     )
 
 
+def _resume(walk: _Walk, event: Resume, first: int) -> None:
+    walk.went_back |= walk.steps >= first and event.at_step < walk.steps
+    if event.at_step <= first:
+        # A request stated after the checkpoint was stated for the branch that is left behind.
+        walk.requests.clear()
+        walk.forgotten = np.empty(0, np.int64)
+
+
 def _thresholds(walk: _Walk, event: Thresholds, first: int) -> None:
     if event.source == "forget" and walk.steps == first:
         before = np.ones(len(event.values), dtype=np.bool_) if walk.values is None else walk.values > 0
         walk.requests.append(np.flatnonzero((event.values == 0) & before))
+        walk.forgotten = np.concatenate(walk.requests)
     walk.values = event.values
 
 
@@ -80,5 +89,4 @@ def _step(walk: _Walk, step: Step, first: int, steps: int, plan_digest: str) -> 
         walk.strays += walk.phase.plan_digest == plan_digest
         return
     walk.phases[walk.phase] = None
-    forgotten = np.concatenate(walk.requests) if walk.requests else np.empty(0, np.int64)
-    walk.drawn |= bool(np.isin(step.positions, forgotten).any())
+    walk.drawn |= bool(np.isin(step.positions, walk.forgotten).any())

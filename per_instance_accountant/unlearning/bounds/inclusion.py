@@ -52,10 +52,15 @@ def log_square_moment(weights: Array, rates: Array, factor: float) -> float:
 
 
 def _log_mixture(x: Array, rates: Array) -> Array:
-    """``log(1 - q + q e^x)`` without overflow."""
-    with np.errstate(divide="ignore"):
-        large = x + np.log(rates) + np.log1p((1 - rates) / rates * np.exp(-np.maximum(x, 30.0)))
-    return np.where(x > 30, large, np.log1p(rates * np.expm1(np.minimum(x, 30.0))))
+    """``log(1 - q + q e^x)`` without overflow, and without cancellation where it is near zero."""
+    result = np.log1p(rates * np.expm1(np.clip(x, -0.5, 30.0)))
+    far = np.abs(x - 14.75) > 15.25
+    if far.any():
+        log_rates = np.broadcast_to(np.log(rates), x.shape)[far]
+        with np.errstate(divide="ignore"):
+            log_rest = np.broadcast_to(np.log1p(-rates), x.shape)[far]
+        result[far] = np.logaddexp(log_rest, x[far] + log_rates)
+    return result
 
 
 def _merged(weights: Array, rates: Array) -> tuple[Array, Array, Array]:
