@@ -18,8 +18,7 @@ Array = NDArray[np.float64]
 SOURCES: Final = ("derived", "user", "run")
 _UP: Final = 1 + 4e-16
 _CLIP_ROUNDING: Final = 2e-6
-"""Share of the curvature that clipping at a threshold rounded to float32 may bend (docs/math, derived
-assumptions)."""
+"""Share of the curvature that clipping at a threshold rounded to float32 may bend (docs/math)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,11 +28,11 @@ class Assumptions:
     smoothness: L such that for EVERY batch that can be drawn, the whole data set included, the Hessian of the
     sum of instance losses is at most ``L * denominator`` (upper bound), without the regulariser. convexity:
     lower bound of the same Hessian over ``denominator``, also when any instances are left out of the batch; 0
-    for a convex loss. denominator: the one that L refers to; None means the denominator of the ledger's steps.
+    for a convex loss. denominator: the one that L refers to; None means that of the ledger's steps.
     clipping_never_binds: no instance gradient exceeds the threshold it is clipped at (per-instance clipping
     destroys contraction). gradient_norm: upper bound of every instance's gradient norm, by which that is
     checked against the ledger. individual_thresholds: individual thresholds below gradient_norm are at least
-    that instance's own gradient bound. radius: bound on the parameters. num_instances: N that L refers to.
+    that instance's own gradient bound. radius: bound on the parameters. num_instances: N that L is for.
     sources: name -> ``"derived"``, ``"user"`` or ``"run"``.
 
     Raises PlanError PIA031 for values out of range.
@@ -150,9 +149,9 @@ def contraction_factors(
     ends = [np.abs(1 - learning_rate * (weight_decay + edge)) for edge in (lower, upper)]
     # The absolute term covers the rounding of 1 - x, relative to 1 and to the largest product.
     rounding = 4e-16 * (1 + learning_rate * (weight_decay + np.abs(upper) + np.abs(lower)))
-    # A clip norm counts as reached up to its storage in float32; what clipping may then change is at most
-    this. clipped = _CLIP_ROUNDING * learning_rate * np.abs(upper) if assumptions.gradient_norm is not None
-    else 0.0 return np.maximum(*ends) * _UP + rounding + clipped
+    # A clip norm counts as reached up to its storage in float32; clipping may then change at most this.
+    share = _CLIP_ROUNDING if assumptions.gradient_norm is not None else 0.0
+    return np.maximum(*ends) * _UP + rounding + share * learning_rate * np.abs(upper)
 
 
 def softmax_regression(
