@@ -100,9 +100,9 @@ def interpolate_rdp(orders: ArrayLike, rdp: ArrayLike, order: ArrayLike) -> NDAr
     orders: (m,). rdp: (m,) or (n, m) in nats. order: scalar or (p,), above 1.
     Returns rdp.shape[:-1] + order.shape; above the largest order the value is inf, never an extrapolation.
 
-    ``(a - 1) D_a`` is convex in a and 0 at a = 1, and ``D_a`` is nondecreasing (docs/math/conversions.md), so the
-    chord between neighbouring orders and the value at any larger order are both upper bounds; the smaller is
-    returned.
+    ``(a - 1) D_a`` is convex in a and 0 at a = 1, and ``D_a`` is nondecreasing (docs/math/conversions.md), so
+    the chord between neighbouring orders and the value at any larger order are both upper bounds; the smaller
+    is returned.
     Raises UsageError PIA070 or PIA071.
 
     >>> interpolate_rdp([2.0, 4.0], [1.0, 2.0], [1.5, 3.0, 4.0, 5.0]).tolist()

@@ -51,8 +51,9 @@ def sampled_gaussian_rdp(sample_rate: float, ratios: ArrayLike, orders: ArrayLik
 
     sample_rate in [0, 1]. ratios: scalar or (n,), sensitivity / noise std in [0, inf]. orders: scalar or (m,)
     in (1, 16384]. Returns (n, m): ``D_order((1 - q) N(0, 1) + q N(ratio, 1) || N(0, 1))``, the larger
-    direction (Mironov, Talwar and Zhang 2019), never below the exact value and at most 1e-9 of it above. ratio 0 or sample_rate 0 gives exactly 0, ratio inf gives inf, sample_rate 1 gives
-    ``order ratio^2 / 2``. For sample_rate below 1e-15 and ratio above 1e6 the upper bound is looser.
+    direction (Mironov, Talwar and Zhang 2019), never below the exact value and at most 1e-9 of it above.
+    ratio 0 or sample_rate 0 gives exactly 0, ratio inf gives inf, sample_rate 1 gives ``order ratio^2 / 2``.
+    For sample_rate below 1e-15 and ratio above 1e6 the upper bound is looser.
     Integer orders: the finite sum of the same paper without its cancellation; others: quadrature (our
     derivation). Both, with their errors, in docs/math/sampled_gaussian.md.
     Raises UsageError PIA070 or PIA071.

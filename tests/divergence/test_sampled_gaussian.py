@@ -15,7 +15,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.special import gammaln
 
-from per_instance_accountant.divergence import DEFAULT_ORDERS, gaussian_rdp, sampled_gaussian_rdp
+from per_instance_accountant.divergence import (
+    DEFAULT_ORDERS,
+    gaussian_rdp,
+    quadrature,
+    sampled_gaussian,
+    sampled_gaussian_rdp,
+)
 from per_instance_accountant.errors import UsageError
 
 Kernel = Callable[[float, Any, Any], NDArray[np.float64]]
@@ -91,6 +97,17 @@ def test_the_oracle_catches_the_cancelling_sum(exact_rdp: Callable[..., mp.mpf])
     truth = exact_rdp(0.01, 1e-8, 8)
     assert abs(_relative_error(_cancelling, truth, 0.01, 1e-8, 8.0)) > 1
     assert _relative_error(sampled_gaussian_rdp, truth, 0.01, 1e-8, 8.0) <= 1e-9
+
+
+def test_quadrature_and_sum_agree_at_integer_orders() -> None:
+    """Two kernels that share no formula, over the lattice, the panels and the seam between them."""
+    r = np.concatenate([np.geomspace(1e-8, 1e3, 45), np.linspace(1.9, 2.1, 5)])
+    a = np.array([2.0, 3, 7, 24, 63, 200, 511, 1024])
+    for q in (1e-12, 1e-6, 0.02, 0.5, 1 - 1e-9):
+        with np.errstate(all="ignore"):
+            by_quadrature = quadrature.log_moments(q, r, a)
+            by_sum = sampled_gaussian._integer_log_moments(q, r, a)
+        np.testing.assert_allclose(by_quadrature, by_sum, rtol=2e-12, atol=0)
 
 
 def test_two_oracles_agree(exact_rdp: Callable[..., mp.mpf]) -> None:
