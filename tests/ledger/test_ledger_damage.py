@@ -318,6 +318,14 @@ def test_well_sealed_nonsense_is_refused(
     assert outcome(make, sample.key, sealed_with_key(sample, kind, payload)) == "PIA042"
 
 
+def test_a_well_sealed_frame_with_another_number_is_refused(
+    make: SimpleNamespace, sample: SimpleNamespace
+) -> None:
+    for number in (0, len(sample.ends) - 1, len(sample.ends) + 1):
+        frame, _ = frames.seal(sample.key, sample.log[-33:-1], frames.MARK, number, b"")
+        assert outcome(make, sample.key, sample.log + frame) == "PIA042"
+
+
 def test_well_sealed_sense_is_accepted(make: SimpleNamespace, sample: SimpleNamespace) -> None:
     log = sealed_with_key(sample, frames.STEP, struct.pack("<If", 3, 1.0))
     assert make.opened(sample.key, log).num_steps == sample.ledger.num_steps + 1

@@ -93,7 +93,9 @@ def test_a_forgotten_instance_is_never_drawn_again(writer: LedgerWriter, make: S
     writer.append(make.step(1, 2))
     assert refusal(writer, make.step(1, 3)) == "PIA045"
     assert refusal(writer, make.step(0, contribution=0.0)) == "PIA045"
+    writer.append(make.thresholds([1, 1, 1, 1, 1, 1, 1, 1, 1, 0], "forget"))
     writer.append(make.thresholds(np.ones(10), "sweep"))
+    assert refusal(writer, make.step(9)) == "PIA045"
     assert refusal(writer, make.step(3)) == "PIA045"
     writer.append(Resume(at_step=0))
     writer.append(make.phase())
@@ -128,6 +130,23 @@ def check_restatement(make: SimpleNamespace) -> None:
 
 def test_a_resume_does_not_inherit_the_mechanism_of_the_branch_left_behind(make: SimpleNamespace) -> None:
     check_restatement(make)
+
+
+def test_what_was_stated_right_after_the_checkpoint_is_left_behind_too(make: SimpleNamespace) -> None:
+    writer = LedgerWriter.create(None, Run(num_instances=10))
+    writer.append(make.phase(charging="sweep"))
+    writer.append(make.thresholds(np.ones(10)))
+    writer.append(make.step(1))
+    writer.append(make.thresholds(np.full(10, 0.1)))
+    writer.append(Resume(at_step=1))
+    assert refusal(writer, make.step(1)) == "PIA045"
+    writer.append(make.thresholds(np.ones(10)))
+    writer.append(make.step(1))
+    writer.append(make.phase(noise_std=9.0))
+    writer.append(Resume(at_step=2))
+    assert refusal(writer, make.step(1)) == "PIA045"
+    writer.append(make.phase())
+    writer.append(make.step(1))
 
 
 def test_seeded_bug_a_resume_that_inherits_it(make: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
