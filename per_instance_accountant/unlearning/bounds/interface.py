@@ -132,7 +132,11 @@ class Bound(abc.ABC):
         """
         require(0 < target < math.inf, "target", target, "(0, inf)")
         require(max_steps >= 0 and max_steps == int(max_steps), "max_steps", max_steps, "[0, inf)")
-        return least_steps(lambda k: self.value(k) <= target, max_steps)
+        return least_steps(lambda k: self.within(k, target), max_steps)
+
+    def within(self, steps: int, target: float) -> bool:
+        """``value(steps) <= target``; a bound may answer it more cheaply than by its value."""
+        return self.value(steps) <= target
 
 
 def least_steps(enough: Callable[[int], bool], max_steps: int) -> float:
