@@ -7,6 +7,7 @@ import random
 import struct
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 
 from per_instance_accountant.errors import LedgerError
 from per_instance_accountant.ledger import Ledger, LedgerWriter, Run, frames
+from per_instance_accountant.ledger.encoding import StoredRun, encode_run
 
 HEADER, TRAILER = 24, 37
 
@@ -364,6 +366,22 @@ def test_well_sealed_nonsense_about_the_run_is_refused(
     payload = struct.pack("<I", len(after[0])) + b"".join(after)
     log, _ = frames.seal(sample.key, frames.GENESIS, frames.RUN, 0, payload)
     assert outcome(make, sample.key, log) == "PIA042"
+
+
+def test_one_long_text_does_not_blow_up_a_column(make: SimpleNamespace, sample: SimpleNamespace) -> None:
+    ids = np.array([str(i) for i in range(2000)])
+    stored = StoredRun(run=Run(num_instances=2000, ids=ids), run_id="ab" * 16, created="")
+    long = np.array(["x" * 100_000, *ids[1:]], object)
+    for values, expected in ((ids, True), (long, False)):
+        run = Run(num_instances=2000, ids=values)
+        payload = encode_run(replace(stored, run=run))
+        log, _ = frames.seal(sample.key, frames.GENESIS, frames.RUN, 0, payload)
+        tracemalloc.start()
+        accepted = outcome(make, sample.key, log) != "PIA042"
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert accepted == expected
+        assert peak < 50e6
 
 
 def test_a_log_that_changes_after_opening_is_noticed(tmp_path: Path, make: SimpleNamespace) -> None:

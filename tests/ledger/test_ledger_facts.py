@@ -197,6 +197,27 @@ def test_resume_forks_charge_every_branch(tmp_path: Path, make: SimpleNamespace)
         assert writer.ledger().anchor == ledger.anchor
 
 
+def test_a_statement_after_the_checkpoint_makes_a_resume_even_without_steps(
+    tmp_path: Path, make: SimpleNamespace
+) -> None:
+    with LedgerWriter.create(tmp_path / "a", Run(num_instances=10)) as writer:
+        writer.append(make.phase())
+        anchor = writer.anchor
+        writer.append(make.phase(noise_std=9.0))
+    with LedgerWriter.resume(tmp_path / "a", anchor) as writer:
+        assert refusal(writer, make.step(1)) == "PIA045"
+        assert writer.ledger().num_abandoned_steps == 0
+
+
+def test_large_floats_survive(tmp_path: Path, make: SimpleNamespace) -> None:
+    run = Run(num_instances=10, assumptions={"a": 1e17, "b": [1e300, 2.0**53, 2**53 - 1, -1e16, 5e-324]})
+    with LedgerWriter.create(tmp_path / "a", run) as writer:
+        writer.append(make.phase(noise_std=1e17, learning_rate=2.0**53, weight_decay=-0.0))
+    ledger = Ledger.open(tmp_path / "a")
+    assert ledger.run.assumptions == run.assumptions
+    assert (ledger.phases[0].noise_std, ledger.phases[0].learning_rate) == (1e17, 2.0**53)
+
+
 def test_a_checkpoint_that_is_ahead_or_of_another_run_is_refused(
     tmp_path: Path, make: SimpleNamespace
 ) -> None:

@@ -344,6 +344,8 @@ def test_fsync_policy(
     assert len(calls) == 5 * per_step
     writer.flush()
     assert len(calls) == 5 * per_step + 1
+    writer.append(make.thresholds(np.ones(10)))
+    assert len(calls) == 5 * per_step + 2
     assert code_of(LedgerWriter.create, path, RUN, fsync="never") == "PIA070"
 
 
