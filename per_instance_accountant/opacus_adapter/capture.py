@@ -225,10 +225,8 @@ class Tracker:
         positions = rows if mapping is None else mapping[rows]
         mechanism, thresholds = self._mechanism_now(), self.recorder.thresholds
         # In float64: float32 would round the limit up beyond the clip norm that the noise is made for.
-        limits = np.float64(mechanism[1])
-        if thresholds is not None:
-            limits = np.minimum(thresholds[positions].astype(np.float64), limits)
-        factors, contributions = clip_factors(norms, limits)
+        individual = np.inf if thresholds is None else thresholds[positions].astype(np.float64)
+        factors, contributions = clip_factors(norms, np.minimum(individual, mechanism[1]))
         self._measured, self._mechanism = (positions, contributions), self._mechanism or mechanism
         return factors
 

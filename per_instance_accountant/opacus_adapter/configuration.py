@@ -127,6 +127,11 @@ def choose_charging(charging: ChargingRule | None, poisson: bool) -> ChargingRul
     return charging
 
 
+def is_poisson(loader: DataLoader[Any]) -> bool:
+    """Whether every instance is drawn independently: a subclass of Opacus' sampler might do anything else."""
+    return type(loader.batch_sampler) is UniformWithReplacementSampler
+
+
 def describe_setting(
     loader: DataLoader[Any],
     charging: ChargingRule | None,
@@ -137,28 +142,26 @@ def describe_setting(
 ) -> Setting:
     """How this loader draws and this module computes. Raises GuaranteeError PIA010 as
     :func:`choose_charging`."""
-    sampler = loader.batch_sampler
-    poisson = type(sampler) is UniformWithReplacementSampler
+    sampler: Any = loader.batch_sampler
+    poisson = is_poisson(loader)
     rows = len(loader.dataset)  # type: ignore[arg-type]
-    rate = sampler.sample_rate if poisson else min(1.0, (loader.batch_size or rows) / rows)  # type: ignore[union-attr]
-    functorch = getattr(module, "force_functorch", False)
+    rate = sampler.sample_rate if poisson else min(1.0, (loader.batch_size or rows) / rows)
+    mode = "functorch" if getattr(module, "force_functorch", False) else "hooks"
     return Setting(
         charging=choose_charging(charging, poisson),
         sampling="poisson" if poisson else "shuffled",
         sample_rate=float(rate),
-        grad_sample_mode="ghost"
-        if isinstance(module, GHOST_MODULES)
-        else "functorch"
-        if functorch
-        else "hooks",
+        grad_sample_mode="ghost" if isinstance(module, GHOST_MODULES) else mode,
         kind=kind,
         plan_digest=plan_digest,
         positions=positions,
     )
 
 
-def check_positions(positions: ArrayLike, rows: int, num_instances: int) -> NDArray[np.int64]:
+def check_positions(positions: ArrayLike | None, rows: int, num_instances: int) -> NDArray[np.int64] | None:
     """(rows,) int64 distinct dataset positions in [0, num_instances). Raises UsageError PIA071."""
+    if positions is None and rows == num_instances:
+        return None
     array = np.asarray(positions)
     ok = array.shape == (rows,) and array.dtype.kind in "iu" and len(np.unique(array)) == rows
     if not ok or array.min() < 0 or array.max() >= num_instances:
@@ -176,9 +179,19 @@ def describe_run(
     ids: ArrayLike | None,
     groups: Mapping[str, ArrayLike] | None,
     assumptions: Mapping[str, Any] | None,
+    appended: Run | None = None,
 ) -> Run:
     """The facts that are fixed for a run over this loader's data set. Raises UsageError PIA071 for wrong
     lengths."""
+    if appended is not None:
+        if ids is not None or groups or assumptions:
+            raise UsageError(
+                "PIA071",
+                "ids, groups or assumptions for a ledger that exists already",
+                "They are facts of the whole run and cannot change in its middle",
+                "attach(optimizer, loader, ledger=writer) without them",
+            )
+        return appended
     count = len(loader.dataset)  # type: ignore[arg-type]
     columns = {"ids": ids, **(groups or {})}
     arrays = {name: np.asarray(column) for name, column in columns.items() if column is not None}

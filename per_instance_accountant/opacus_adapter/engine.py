@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from opacus.optimizers import DPOptimizer
 from torch.utils.data import DataLoader
 
-from per_instance_accountant.accounting.rules import ChargingRule, Sweep
+from per_instance_accountant.accounting.rules import ChargingRule
 from per_instance_accountant.errors import LedgerError, UnsupportedError, UsageError
 from per_instance_accountant.ledger import Anchor, Ledger, LedgerWriter
 from per_instance_accountant.opacus_adapter import configuration as check
@@ -49,7 +49,7 @@ def attach(
     ledger: a directory for a new ledger, an open :class:`LedgerWriter` to append to, or None for memory.
     Thresholds that an open ledger recorded last stay in force. charging: default WorstCase for a Poisson
     loader, Unamplified for any other. positions: (rows of the loader's dataset,) dataset positions in the
-    run, when the loader is over a part of the run's data set. criterion: the loss, needed by ``Sweep``
+    run, needed when the loader is over a part of the run's data set. criterion: the loss, needed by ``Sweep``
     only. kind, plan_digest: see :class:`~per_instance_accountant.ledger.records.Phase`.
 
     Raises UnsupportedError PIA060, GuaranteeError PIA010 for a rule that the loader's sampling does not
@@ -59,21 +59,17 @@ def attach(
     check_loader(data_loader)
     module = check.find_module(optimizer) if module is None else module
     core = check.check_module(module, optimizer)
-    appending = isinstance(ledger, LedgerWriter)
-    run = (
-        ledger.run
-        if isinstance(ledger, LedgerWriter)
-        else check.describe_run(data_loader, ids, groups, assumptions)
-    )
+    appended = ledger.run if isinstance(ledger, LedgerWriter) else None
+    run = check.describe_run(data_loader, ids, groups, assumptions, appended)
     rows = len(data_loader.dataset)  # type: ignore[arg-type]
-    mapping = None if positions is None else check.check_positions(positions, rows, run.num_instances)
+    mapping = check.check_positions(positions, rows, run.num_instances)
     setting = check.describe_setting(data_loader, charging, module, kind, plan_digest, mapping)
     recorder = Recorder(
         optimizer=optimizer,
         run=run,
         ledger=ledger,
         setting=setting,
-        thresholds=check.fixed_thresholds(setting.charging, run.num_instances, recorded=appending),
+        thresholds=check.fixed_thresholds(setting.charging, run.num_instances, recorded=appended is not None),
         sweep=check.prepare_sweep(setting.charging, module, optimizer, data_loader, criterion),
     )
     tracker = Tracker(optimizer=optimizer, module=core, recorder=recorder)
@@ -167,8 +163,6 @@ class PrivacyEngine(opacus.PrivacyEngine):
         made = super().make_private(**arguments)
         module, optimizer, loader = made[0], made[1], made[-1]
         loss = made[2] if len(made) == 4 else criterion
-        if len(made) == 4 and criterion is None and isinstance(self._tracking["charging"], Sweep):
-            loss = None
         self._tracker, tracked = attach(optimizer, loader, module=module, criterion=loss, **self._tracking)
         return (*made[:-1], tracked)
 
@@ -194,7 +188,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         optimizer, loader = arguments.get("optimizer"), arguments.get("data_loader")
         if loader is not None:
             check_loader(loader)
-            poisson = arguments.get("poisson_sampling", True)
+            poisson = arguments.get("poisson_sampling", True) or check.is_poisson(loader)
             rule = check.choose_charging(self._tracking["charging"], poisson)
             check.describe_run(loader, *(self._tracking[name] for name in ("ids", "groups", "assumptions")))
             check.fixed_thresholds(rule, len(loader.dataset))

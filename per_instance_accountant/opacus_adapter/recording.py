@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from opacus.optimizers import DPOptimizer
 
-from per_instance_accountant.accounting.rules import ChargingRule, Sweep
-from per_instance_accountant.errors import LedgerError
+from per_instance_accountant.accounting.rules import ChargingRule, FixedThresholds, Sweep
+from per_instance_accountant.errors import GuaranteeError, LedgerError
 from per_instance_accountant.ledger import Anchor, Ledger, LedgerWriter, Phase, Resume, Run, Step, Thresholds
 from per_instance_accountant.opacus_adapter.clipping import round_up
 
@@ -51,7 +52,8 @@ class Recorder:
     ) -> None:
         self.optimizer, self.run, self.setting, self.thresholds = optimizer, run, setting, thresholds
         self._sweep, self._until_sweep = sweep, 0
-        self._phase: Phase | None = None
+        self._stated: tuple[Any, ...] | None = None
+        """What the last Phase was made of."""
         self._path = None if isinstance(ledger, LedgerWriter) else ledger
         self._writer: LedgerWriter | None = None
         # A mechanism that no ledger could describe is refused now, not after the first gradients.
@@ -65,8 +67,16 @@ class Recorder:
         already."""
         writer = self._writer
         if writer is None:
-            writer = LedgerWriter.create(self._path, self.run)
+            writer = self._open(LedgerWriter.create(self._path, self.run))
+        return writer
+
+    def _open(self, writer: LedgerWriter) -> LedgerWriter:
+        try:
             self._adopt(writer)
+        except BaseException:
+            # Otherwise the lock would keep the right run out.
+            writer.close()
+            raise
         return writer
 
     def _adopt(self, writer: LedgerWriter) -> None:
@@ -90,7 +100,14 @@ class Recorder:
         if in_force is None and given is not None:
             writer.append(Thresholds(values=given, source="fixed"))
             in_force = given
-        self.thresholds, self._writer, self._phase, self._until_sweep = in_force, writer, None, 0
+        if in_force is None and isinstance(self.setting.charging, FixedThresholds):
+            raise GuaranteeError(
+                "PIA013",
+                "FixedThresholds() for a ledger without thresholds in force",
+                "Nobody would be clipped below max_grad_norm, but everybody charged for less",
+                "FixedThresholds(thresholds=norm_bounds)",
+            )
+        self.thresholds, self._writer, self._stated, self._until_sweep = in_force, writer, None, 0
 
     def resume(self, anchor: Anchor) -> None:
         """Continue the ledger from a checkpoint taken at ``anchor``; later steps of the ledger stay charged.
@@ -109,7 +126,7 @@ class Recorder:
             )
         self.close()
         self._writer = None
-        self._adopt(LedgerWriter.resume(self._path, anchor))
+        self._open(LedgerWriter.resume(self._path, anchor))
 
     def close(self) -> None:
         """Flush and end the ledger; later steps raise LedgerError PIA044."""
@@ -134,10 +151,10 @@ class Recorder:
 
         Raises LedgerError, and UsageError for a mechanism without a bound; then nothing may be released.
         """
-        phase, step, writer = self.mechanism(), self._step(observations), self.writer
-        if phase != self._phase:
-            writer.append(phase)
-            self._phase = phase
+        step, writer, inputs = self._step(observations), self.writer, self._inputs()
+        if inputs != self._stated:
+            writer.append(self.mechanism())
+            self._stated = inputs
         writer.append(step)
         self._until_sweep = max(0, self._until_sweep - 1)
 
@@ -153,21 +170,30 @@ class Recorder:
             contributions = round_up(total.astype(np.float64))
         return Step(positions=positions, contributions=contributions)
 
+    def _inputs(self) -> tuple[Any, ...]:
+        """All numbers of the optimizer that :meth:`mechanism` reads."""
+        optimizer = self.optimizer
+        denominator = optimizer.expected_batch_size if optimizer.loss_reduction == "mean" else 1.0
+        numbers = (optimizer.noise_multiplier, optimizer.max_grad_norm, denominator)
+        return (*map(float, numbers), *(_rule(group) for group in optimizer.param_groups))
+
     def mechanism(self) -> Phase:
         """What one step of the optimizer does now. Raises UsageError PIA070 when it has no bound."""
-        optimizer, setting, groups = self.optimizer, self.setting, self.optimizer.param_groups
+        setting = self.setting
+        noise_multiplier, clip_norm, denominator, *rules = self._inputs()
+        learning_rate, weight_decay, momentum, _ = map(max, zip(*rules, strict=True))
         return Phase(
             kind=setting.kind,
             sampling=setting.sampling,
             sample_rate=setting.sample_rate,
-            noise_std=float(optimizer.noise_multiplier) * float(optimizer.max_grad_norm),
-            max_grad_norm=float(optimizer.max_grad_norm),
+            noise_std=noise_multiplier * clip_norm,
+            max_grad_norm=clip_norm,
             charging=setting.charging.name,
-            denominator=float(optimizer.expected_batch_size) if optimizer.loss_reduction == "mean" else 1.0,
-            learning_rate=max(float(group["lr"]) for group in groups),
-            weight_decay=max(float(group.get("weight_decay", 0.0)) for group in groups),
-            momentum=max(float(group.get("momentum", 0.0)) for group in groups),
-            optimizer=_optimizer_name(optimizer.original_optimizer),
+            denominator=denominator,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            optimizer=_optimizer_name(self.optimizer.original_optimizer, rules),
             grad_sample_mode=setting.grad_sample_mode,
             plan_digest=setting.plan_digest,
         )
@@ -188,12 +214,17 @@ def _recorded_thresholds(ledger: Ledger) -> tuple[NDArray[np.float32] | None, ND
     return fixed, in_force
 
 
-def _optimizer_name(optimizer: torch.optim.Optimizer) -> str:
-    """``"SGD"`` only when every parameter moves by one plain descent rule: bounds that need it look for
-    it."""
-    name, groups = type(optimizer).__name__, optimizer.param_groups
+def _rule(group: Mapping[str, Any]) -> tuple[float, float, float, bool]:
+    """Learning rate, weight decay, momentum and direction of one parameter group."""
+    decay, momentum = group.get("weight_decay", 0.0), group.get("momentum", 0.0)
+    return float(group["lr"]), float(decay), float(momentum), bool(group.get("maximize", False))
+
+
+def _optimizer_name(optimizer: torch.optim.Optimizer, rules: Sequence[tuple[Any, ...]]) -> str:
+    """``"SGD"`` only when every parameter moves by one plain descent rule, which bounds can rely on."""
+    name = type(optimizer).__name__
     if type(optimizer) is not torch.optim.SGD:
         return name if name != "SGD" else "a class named SGD"
-    if len({(float(g["lr"]), float(g["weight_decay"]), float(g["momentum"])) for g in groups}) > 1:
+    if len(set(rules)) > 1:
         return "SGD with different groups"
-    return "SGD maximizing" if any(g["maximize"] for g in groups) else "SGD"
+    return "SGD maximizing" if rules[0][-1] else "SGD"

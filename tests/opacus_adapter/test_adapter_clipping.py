@@ -110,7 +110,7 @@ def test_values_that_are_not_finite_stay_visible(value):
 
 @pytest.mark.parametrize("steps", [1, 2, 9])
 def test_linear_norms_survive_cancellation(steps):
-    """Backpropagated signals that sum to almost nothing over positions: float32 inner products lose such norms."""
+    """Signals that sum to almost nothing over positions: float32 inner products lose such norms."""
     torch.manual_seed(0)
     layer = torch.nn.Linear(16, 8)
     activations = 1 + 1e-3 * torch.randn(6, steps, 16)

@@ -25,6 +25,7 @@ from per_instance_accountant.errors import (
     UnsupportedError,
     UsageError,
 )
+from per_instance_accountant.ledger import LedgerWriter, Run
 from per_instance_accountant.opacus_adapter import PrivacyEngine, attach
 
 MODES = pytest.mark.parametrize("mode", ["hooks", "ghost"])
@@ -419,3 +420,89 @@ def test_copies_of_the_model_leave_the_ledger_alone(start, mode, tmp_path):
     with pytest.raises(UnsupportedError, match="PIA060"):
         copy.deepcopy(training.optimizer)
     training.train()
+
+
+def private_optimizer(module):
+    sgd = torch.optim.SGD(module.parameters(), lr=0.1)
+    return DPOptimizer(sgd, noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=4)
+
+
+APPENDED = {
+    "rows without positions": ({}, 6, UsageError, "PIA071"),
+    "repeated positions": ({"positions": [0, 0, 1, 2, 3, 4]}, 6, UsageError, "PIA071"),
+    "positions out of range": ({"positions": [0, 1, 2, 3, 4, 8]}, 6, UsageError, "PIA071"),
+    "new ids": ({"ids": range(8)}, 8, UsageError, "PIA071"),
+    "thresholds nobody recorded": ({"charging": FixedThresholds()}, 8, GuaranteeError, "PIA013"),
+    "a plain module": ({"module": nn.Linear(10, 3)}, 8, UnsupportedError, "PIA060"),
+}
+
+
+@pytest.mark.parametrize("name", APPENDED)
+def test_attach_to_an_open_ledger_checks_what_it_is_told(name):
+    arguments, rows, kind, code = APPENDED[name]
+    module = GradSampleModule(nn.Linear(10, 3))
+    optimizer = private_optimizer(module)
+    examples = TensorDataset(torch.ones(rows, 10), torch.zeros(rows, dtype=torch.int64))
+    with LedgerWriter.create(None, Run(num_instances=8)) as writer:
+        with pytest.raises(kind) as caught:
+            attach(optimizer, DPDataLoader(examples, sample_rate=0.5), ledger=writer, **arguments)
+        assert caught.value.code == code
+        assert type(optimizer) is DPOptimizer and writer.num_steps == 0
+
+
+def test_attach_finds_the_module_and_chains_a_later_hook():
+    accountant, examples = (
+        RDPAccountant(),
+        TensorDataset(torch.ones(8, 10), torch.zeros(8, dtype=torch.int64)),
+    )
+    module = GradSampleModule(nn.Linear(10, 3))
+    optimizer = private_optimizer(module)
+    tracker, loader = attach(optimizer, DPDataLoader(examples, sample_rate=0.5))
+    assert tracker.module is module._module
+    with pytest.raises(GuaranteeError, match="PIA010"):
+        optimizer.attach_step_hook(accountant.get_optimizer_hook_fn(sample_rate=0.1))
+    optimizer.attach_step_hook(accountant.get_optimizer_hook_fn(sample_rate=0.5))
+    for x, y in loader:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(module(x), y).backward()
+        optimizer.step()
+    assert tracker.ledger.num_steps == 2 and accountant.history == [(1.0, 0.5, 2)]
+
+
+def test_attach_without_any_module():
+    parameter = nn.Parameter(torch.zeros(3))
+    sgd = torch.optim.SGD([parameter], lr=0.1)
+    optimizer = DPOptimizer(sgd, noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=4)
+    examples = TensorDataset(torch.ones(8, 10), torch.zeros(8, dtype=torch.int64))
+    with pytest.raises(UsageError, match="PIA071"):
+        attach(optimizer, DPDataLoader(examples, sample_rate=0.5))
+
+
+def test_a_failing_ledger_keeps_the_parameters(start, monkeypatch):
+    """Write-ahead: when the step cannot be recorded, it is not released."""
+    training = start()
+    batches = iter(training.loader)
+    training.step(next(batches))
+    weights = training.weights.clone()
+
+    def full(self, event):
+        raise LedgerError("PIA041", "no space", "Nothing was written", "free some space")
+
+    monkeypatch.setattr(LedgerWriter, "append", full)
+    with pytest.raises(LedgerError, match="PIA041"):
+        training.step(next(batches))
+    assert torch.equal(training.weights, weights)
+
+
+def test_the_step_is_on_record_before_noise_is_drawn(start, monkeypatch):
+    training = start()
+    recorded = []
+    add_noise = type(training.optimizer).add_noise
+
+    def spying(self):
+        recorded.append(training.engine.tracker.recorder.writer.num_steps)
+        add_noise(self)
+
+    monkeypatch.setattr(type(training.optimizer), "add_noise", spying)
+    training.train()
+    assert recorded == list(range(1, len(recorded) + 1))

@@ -28,7 +28,7 @@ def configure(**options):
 
 
 def moves(potential, reduction, mode, noise_factor=1.0, gradient=0.0):
-    """Moves of a linear model without bias in 9 steps: instances have gradient ``gradient`` in every entry."""
+    """Moves of a linear model without bias; each instance has gradient ``gradient`` in every entry."""
     torch.manual_seed(0)
     width = 2000
     target = torch.full((COUNT, 1), -gradient / 2)
