@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Dataset, Subset
 
+from per_instance_accountant.accounting import FixedThresholds
 from per_instance_accountant.errors import PlanError, UsageError
 from per_instance_accountant.ledger import Ledger
 from per_instance_accountant.ledger.records import Thresholds
@@ -69,12 +70,18 @@ def _forgotten(ledger: Ledger) -> NDArray[np.int64]:
 
 
 def forget_thresholds(ledger: Ledger, plan: UnlearningPlan, forget: NDArray[np.int64]) -> Thresholds:
-    """Thresholds of the last training step, with the forget set at zero."""
-    in_force = None
+    """Fixed thresholds as in training, or the clip norm, with the forget set at zero.
+
+    Zero means forgotten, so a retained instance whose threshold was zero gets the smallest positive one.
+    """
+    fixed = None
     for event in ledger.events():
-        if isinstance(event, Thresholds):
-            in_force = event.values
+        if isinstance(event, Thresholds) and event.source != "sweep":
+            fixed = event.values
+    gone = np.union1d(forget, _forgotten(ledger))
     clip = np.float32(plan.mechanism.max_grad_norm)
-    values = np.full(ledger.num_instances, clip, dtype=np.float32) if in_force is None else in_force.copy()
-    values[forget] = 0
-    return Thresholds(values=values, source="forget")
+    individual = fixed is not None and ledger.phases[-1].charging == FixedThresholds.name
+    values = fixed.copy() if fixed is not None and individual else np.full(ledger.num_instances, clip)
+    values[values == 0] = np.finfo(np.float32).tiny
+    values[gone] = 0
+    return Thresholds(values=values.astype(np.float32), source="forget")

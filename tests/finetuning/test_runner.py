@@ -19,7 +19,7 @@ from per_instance_accountant import FixedThresholds, PrivacyEngine, account, pla
 from per_instance_accountant.errors import PiaError, PlanError, UnsupportedError, UsageError
 from per_instance_accountant.finetuning import UnlearningRun, reseed, run_plan, secret_of
 from per_instance_accountant.ledger import Ledger
-from per_instance_accountant.ledger.records import Phase, Step
+from per_instance_accountant.ledger.records import Phase, Step, Thresholds
 from per_instance_accountant.unlearning import UnlearningPlan, softmax_regression
 
 N, FEATURES, CLASSES = 60, 5, 3
@@ -64,9 +64,10 @@ class Trained:
     def checkpoint(self) -> Path:
         return self.directory / "before.pt"
 
-    def train(self, steps: int = 60) -> Trained:
+    def train(self, steps: int = 60, thresholds_of_zero: list[int] | None = None) -> Trained:
         data, model = dataset(), linear()
         thresholds = np.sqrt(2) * data.tensors[0].norm(dim=1).numpy() * 1.01
+        thresholds[thresholds_of_zero or []] = 0
         known = softmax_regression(
             feature_norm=1.0, num_instances=N, denominator=self.batch_size, individual_thresholds=True
         )
@@ -264,6 +265,16 @@ def test_a_second_request_builds_on_the_first(trained: Trained) -> None:
     third = trained.plan([31])
     with pytest.raises(PlanError, match="PIA034"):
         trained.run(third, dataset=still_there, output=trained.directory / "third")
+
+
+def test_a_retained_instance_with_a_zero_threshold_is_not_taken_for_forgotten(tmp_path: Path) -> None:
+    one = Trained(tmp_path)
+    one.train(thresholds_of_zero=[9])
+    made = one.plan()
+    run = one.run(made)
+    event = [e for e in Ledger.open(one.ledger).events() if isinstance(e, Thresholds)][-1]
+    assert np.flatnonzero(event.values == 0).tolist() == FORGET and event.values[9] > 0
+    assert verify(run.certificate, ledger=one.ledger, checkpoint=run.checkpoint).valid
 
 
 def refusals(trained: Trained, made: UnlearningPlan) -> dict[str, tuple[type[PiaError], dict[str, Any]]]:
