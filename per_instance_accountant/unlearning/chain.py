@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final
@@ -39,6 +40,11 @@ class Mechanism:
     def of(cls, phase: Phase) -> Mechanism:
         """The mechanism of a phase."""
         return cls(**{name: getattr(phase, name) for name in cls.__slots__})
+
+    def agrees_with(self, other: Mechanism) -> bool:
+        """Equal up to the rounding of numbers that were divided and multiplied back (1e-14 relative)."""
+        pairs = [(getattr(self, name), getattr(other, name)) for name in self.__slots__]
+        return all(a == b if isinstance(a, str) else math.isclose(a, b, rel_tol=1e-14) for a, b in pairs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -60,13 +60,17 @@ class VerificationReport:
         """Raise CertificateError PIA050 unless the report is valid."""
         if self.valid:
             return
-        first = next(check for check in self.checks if check.status != "ok")
+        first = next(c for c in (*self.failures, *self.checks) if c.status != "ok")
         raise CertificateError(
             "PIA050",
             f"{len(self.failures)} checks failed, the first that is not ok is {first.name!r}: {first.detail}",
             "The model must not be treated as unlearned on the strength of this certificate",
             "verify(certificate, ledger=ledger, checkpoint=path) with the evidence it was issued for",
         )
+
+
+class _NotGivenError(Exception):
+    """The verifier was not given the evidence that a check needs."""
 
 
 class _Evidence:
@@ -82,7 +86,7 @@ class _Evidence:
     @property
     def ledger(self) -> Ledger:
         if self._ledger is None:
-            raise LookupError
+            raise _NotGivenError
         return self._ledger
 
     @property
@@ -138,7 +142,7 @@ def _versions(e: _Evidence) -> Problem:
 
 def _checkpoint(e: _Evidence) -> Problem:
     if e.checkpoint is None:
-        raise LookupError
+        raise _NotGivenError
     return (
         None
         if file_digest(e.checkpoint) == e.predicate.models.after
@@ -183,7 +187,7 @@ def _run(e: _Evidence) -> Problem:
     for phase in run.phases:
         if phase.kind != "unlearn" or phase.plan_digest != p.plan:
             return "the steps were not taken for this plan"
-        if Mechanism.of(phase) != Mechanism(**p.mechanism.model_dump()):
+        if not Mechanism.of(phase).agrees_with(Mechanism(**p.mechanism.model_dump())):
             return "the mechanism of the steps is not the certified one"
     return None
 
@@ -284,8 +288,10 @@ def _parsed(certificate: Certificate | Mapping[str, Any] | str | os.PathLike[str
 def _made(name: str, ask: Callable[[_Evidence], Problem], holds: str, evidence: _Evidence) -> Check:
     try:
         problem = ask(evidence)
-    except LookupError:
+    except _NotGivenError:
         return Check(name=name, status="skipped", detail="not established: the evidence was not given")
     except PiaError as error:
         problem = error.happened
+    except (ValueError, ArithmeticError, LookupError) as error:
+        problem = f"the certificate holds numbers that cannot be evaluated ({type(error).__name__})"
     return Check(name=name, status="failed" if problem else "ok", detail=problem or holds)

@@ -273,6 +273,12 @@ def test_a_run_that_is_not_the_plan_gets_no_certificate(started, fault):
         issue(made, run.ledger, model, model)
 
 
+def test_a_noise_that_was_divided_and_multiplied_back_is_the_same(started):
+    run, made, model = started
+    run.unlearn(made, noise_std=float(np.nextafter(made.mechanism.noise_std, 0)))
+    assert verify(issue(made, run.ledger, model, model), ledger=run.ledger, checkpoint=model).valid
+
+
 def test_seeded_bug_one_step_too_few(started):
     """A planner that is off by one, with a run that follows it: the recomputed value is above the target."""
     run, made, model = started

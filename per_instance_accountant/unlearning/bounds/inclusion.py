@@ -31,8 +31,8 @@ class Inclusions:
 
     @classmethod
     def of(cls, weights: Array, rates: Array) -> Inclusions:
-        """Equal coins are counted. Of more than 500, weights below 1e-12 of the largest are raised to that; of
-        more than 20,000, all are rounded up by at most 2^-10 relative.
+        """Equal coins are counted. Of more than 500, weights below 1e-12 of the largest are raised to that;
+        more than 20,000 are all rounded up, by at most 2^-10 relative.
 
         >>> Inclusions.of(np.array([1.0, 2.0, 1.0]), np.array([0.1, 0.1, 0.1])).counts.tolist()
         [2.0, 1.0]
@@ -51,7 +51,7 @@ class Inclusions:
         """Upper bound of ``log E exp(factor * S^2)``, S the sum of the weights of the coins that fall.
 
         Hubbard-Stratonovich: it equals ``E_z prod_j (1 - q_j + q_j exp(sqrt(2 factor) z w_j))`` for
-        standard normal z; the integral is a trapezoid sum whose error is bounded in docs/math/unlearning_bounds.md.
+        standard normal z, a trapezoid sum whose error is bounded in docs/math/unlearning_bounds.md.
         Rounded up by 1e-13 absolute and 1e-12 relative.
 
         >>> round(Inclusions.of(np.array([1.0]), np.array([1.0])).log_square_moment(0.5), 9)
