@@ -6,7 +6,6 @@ one asked for, so the clipped gradient has norm at most the threshold in exact a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +14,6 @@ import torch
 from numpy.typing import NDArray
 from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
 from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processed
-
-from per_instance_accountant.errors import AlignmentError, UnsupportedError
 
 if TYPE_CHECKING:
     from per_instance_accountant.opacus_adapter.capture import Tracker
@@ -45,6 +42,22 @@ def block_norms(gradient: torch.Tensor) -> list[torch.Tensor]:
     return blocks if width == rows.shape[1] else [*blocks, *block_norms(rows[:, width:])]
 
 
+def row_squares(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Squared norms of the rows of (B, ...) tensors taken together: (B,) float64.
+
+    Relative error at most 258 * 2^-24, and UNDERFLOW for every entry is included.
+
+    >>> row_squares([torch.tensor([[3.0, 4.0], [0.0, 1.0]])]).tolist()
+    [25.0, 1.0]
+    """
+    if not len(gradients[0]):
+        return torch.zeros(0, dtype=torch.float64)
+    gradients = [g.unsqueeze(1) if g.dim() == 1 else g for g in gradients]
+    device, entries = gradients[0].device, sum(g[0].numel() for g in gradients)
+    blocks = torch.cat([block.to(device) for g in gradients for block in block_norms(g)], dim=1).double()
+    return blocks.square_().sum(dim=1).add_(entries * UNDERFLOW)
+
+
 def instance_norms(gradients: Sequence[torch.Tensor]) -> NDArray[np.float64]:
     """Upper bounds of the norms of per-sample gradients that are spread over parameters.
 
@@ -54,17 +67,11 @@ def instance_norms(gradients: Sequence[torch.Tensor]) -> NDArray[np.float64]:
     >>> instance_norms([torch.tensor([[3.0], [0.0]]), torch.tensor([[4.0], [0.0]])]).round(3).tolist()
     [5.0, 0.0]
     """
-    if not len(gradients[0]):
-        return np.empty(0)
-    gradients = [g.unsqueeze(1) if g.dim() == 1 else g for g in gradients]
-    device, entries = gradients[0].device, sum(g[0].numel() for g in gradients)
-    blocks = torch.cat([block.to(device) for g in gradients for block in block_norms(g)], dim=1).double()
-    squares = blocks.square_().sum(dim=1).cpu().numpy()
-    norms: NDArray[np.float64] = np.sqrt(squares + entries * UNDERFLOW) * (1 + NORM_SLACK)
+    norms: NDArray[np.float64] = np.sqrt(row_squares(gradients).cpu().numpy()) * (1 + NORM_SLACK)
     overflown = np.flatnonzero(~np.isfinite(norms))
     if len(overflown):
         # Squares of finite float32 numbers above 1e19 overflow in float32, not in float64.
-        rows = [g[overflown].flatten(1).double().cpu() for g in gradients]
+        rows = [g[overflown].reshape(len(overflown), -1).double().cpu() for g in gradients]
         norms[overflown] = torch.cat(rows, dim=1).norm(dim=1).numpy() * (1 + NORM_SLACK)
     return norms
 
@@ -173,91 +180,3 @@ def install(optimizer: DPOptimizer, tracker: Tracker) -> None:
     optimizer.tracker = tracker
     optimizer.__class__ = TRACKED[type(optimizer)]
     optimizer.original_optimizer.register_step_pre_hook(tracker.before_update)
-
-
-class GhostFactors:
-    """``get_clipping_coef`` of a tracked module: the only place where ghost clipping scales an instance.
-
-    Copies of the module get one that refuses, because their steps belong to no tracker.
-    """
-
-    def __init__(self, module: Any = None, tracker: Tracker | None = None) -> None:
-        self.module, self.tracker = module, tracker
-
-    def __call__(self) -> torch.Tensor:
-        if self.tracker is None:
-            raise AlignmentError(
-                "PIA007",
-                "a copy of a tracked module was trained",
-                "Its steps would be in no ledger",
-                "train the module that make_private returned; copies are for evaluation",
-            )
-        norms = ghost_norms(self.module)
-        return torch.from_numpy(self.tracker.clip(norms.cpu().numpy())).to(norms.device)
-
-    def __reduce__(self) -> Any:
-        return GhostFactors, ()
-
-
-def install_ghost(module: Any, tracker: Tracker) -> None:
-    """Make ghost clipping use the tracker's factors, and norms of linear layers that survive cancellation."""
-    module.NORM_SAMPLERS = {**module.NORM_SAMPLERS, torch.nn.Linear: linear_norms}
-    module.get_clipping_coef = GhostFactors(module, tracker)
-
-
-def linear_norms(
-    layer: torch.nn.Linear, activations: list[torch.Tensor], backprops: torch.Tensor
-) -> dict[torch.Tensor, torch.Tensor]:
-    """Norms (B,) of the per-sample gradients of a linear layer, without forming them, in float64.
-
-    With several positions per instance the squared norm is a sum of products of inner products. In float32
-    its rounding can exceed a norm that is small by cancellation; in float64 it cannot, for norms worth
-    clipping.
-    """
-    left = backprops.double().flatten(1, -2) if backprops.dim() > 2 else backprops.double().unsqueeze(1)
-    right = activations[0].double().reshape(*left.shape[:2], activations[0].shape[-1])
-    norms: dict[torch.Tensor, torch.Tensor] = {}
-    if layer.weight.requires_grad:
-        if left.shape[1] == 1:
-            squares = left.square().sum(dim=(1, 2)) * right.square().sum(dim=(1, 2))
-        else:
-            squares = ((left @ left.mT) * (right @ right.mT)).sum(dim=(1, 2)).clamp(min=0)
-        norms[layer.weight] = squares.sqrt()
-    if layer.bias is not None and layer.bias.requires_grad:
-        norms[layer.bias] = left.sum(dim=1).norm(dim=1)
-    return norms
-
-
-def ghost_norms(module: Any) -> torch.Tensor:
-    """Upper bounds (B,) float64 of the norms whose parts the first backward pass of ghost clipping left on
-    the parameters; taken away, so that none is used twice.
-
-    Raises AlignmentError PIA003 when a trainable parameter has no norm for this batch, UnsupportedError
-    PIA060 when norms were computed in low precision.
-    """
-    parameters = module.trainable_parameters
-    parts: list[torch.Tensor] = [
-        p._norm_sample for p in parameters if getattr(p, "_norm_sample", None) is not None
-    ]
-    missing = len(parameters) - len(parts)
-    if missing:
-        raise AlignmentError(
-            "PIA003",
-            f"{missing} of {len(parameters)} trainable parameters have no per-sample norm for this batch",
-            "Norms of an earlier batch would have been used, so instances could enter the sum unclipped",
-            "layer.requires_grad_(False) for layers that not every forward pass uses",
-        )
-    if any(part.dtype not in (torch.float32, torch.float64) for part in parts):
-        raise UnsupportedError(
-            "PIA060",
-            "ghost clipping computed norms in low precision",
-            "Rounding can make a norm 0, and its gradient would enter the sum unclipped",
-            "train without autocast, or grad_sample_mode='hooks'",
-        )
-    for p in parameters:
-        p._norm_sample = None
-    norms = torch.stack([part.to(parts[0].device, torch.float64) for part in parts]).norm(dim=0)
-    module.per_sample_gradient_norms = norms.float()
-    largest = max(p.numel() for p in parameters)
-    # Layers without a norm sampler are summed by Opacus in float32 over all their entries.
-    return norms * (1 + NORM_SLACK + 4 * math.sqrt(largest) * 2.0**-24)

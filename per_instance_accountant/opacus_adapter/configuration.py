@@ -98,6 +98,8 @@ def check_module(module: Any, optimizer: DPOptimizer) -> torch.nn.Module:
         refuse(f"a model wrapped as {type(module).__name__}", "GradSampleModule(model), not distributed")
     core: torch.nn.Module = module._module
     check_layers(core)
+    if not getattr(module, "use_ghost_clipping", True):
+        refuse("use_ghost_clipping=False", "GradSampleModuleFastGradientClipping(model)")
     if isinstance(module, GHOST_MODULES) != isinstance(optimizer, DPOptimizerFastGradientClipping):
         refuse(
             "one of model and optimizer is for ghost clipping, the other is not",

@@ -20,7 +20,8 @@ from per_instance_accountant.errors import LedgerError, UnsupportedError, UsageE
 from per_instance_accountant.ledger import Anchor, Ledger, LedgerWriter
 from per_instance_accountant.opacus_adapter import configuration as check
 from per_instance_accountant.opacus_adapter.capture import ForwardWatch, Tracker
-from per_instance_accountant.opacus_adapter.clipping import install, install_ghost
+from per_instance_accountant.opacus_adapter.clipping import install
+from per_instance_accountant.opacus_adapter.ghost import install_ghost
 from per_instance_accountant.opacus_adapter.loader import TrackedLoader, check_loader, track_loader
 from per_instance_accountant.opacus_adapter.recording import Recorder
 

@@ -16,7 +16,8 @@ from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from torch.utils.data import DataLoader
 
 from per_instance_accountant.errors import AlignmentError, UnsupportedError
-from per_instance_accountant.opacus_adapter.clipping import ghost_norms, instance_norms, round_up
+from per_instance_accountant.opacus_adapter.clipping import instance_norms, round_up
+from per_instance_accountant.opacus_adapter.ghost import ghost_norms
 from per_instance_accountant.opacus_adapter.loader import IndexedCollate, IndexedDataset
 
 _PARAMETER_STATE = ("grad", "grad_sample", "summed_grad", "_norm_sample", "_forward_counter")

@@ -8,14 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from torch.utils.data import DataLoader, TensorDataset
 
-from per_instance_accountant.opacus_adapter import clipping
-from per_instance_accountant.opacus_adapter.clipping import (
-    clip_factors,
-    instance_norms,
-    linear_norms,
-    round_up,
-)
+from per_instance_accountant.ledger import Step
+from per_instance_accountant.opacus_adapter import PrivacyEngine, clipping
+from per_instance_accountant.opacus_adapter.clipping import clip_factors, instance_norms, round_up
+from per_instance_accountant.opacus_adapter.ghost import linear_norms
 
 FEW = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -130,3 +128,45 @@ def test_linear_norms_of_an_empty_batch():
     layer = torch.nn.Linear(4, 2)
     norms = linear_norms(layer, [torch.zeros(0, 4)], torch.zeros(0, 2))
     assert norms[layer.weight].shape == norms[layer.bias].shape == (0,)
+
+
+class Scale(torch.nn.Module):
+    """One large parameter whose gradient has equal entries: long float32 sums of it drift to one side."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1_000_003))
+
+    def forward(self, x):
+        return (x * self.weight).sum(dim=1)
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+def test_norms_of_a_layer_that_float32_sums_get_wrong(mode):
+    inputs = torch.tensor([[0.3e-4], [0.1e-4], [0.7e-4]])
+    dataset = TensorDataset(inputs, torch.full((3,), -0.5))
+    engine, module = PrivacyEngine(accountant="rdp"), Scale()
+    made = engine.make_private(
+        module=module,
+        optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
+        data_loader=DataLoader(dataset, batch_size=3),
+        criterion=torch.nn.MSELoss(),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        grad_sample_mode=mode,
+    )
+    x, y = next(iter(made[-1]))
+    made[1].zero_grad()
+    criterion = made[2] if mode == "ghost" else torch.nn.functional.mse_loss
+    criterion(made[0](x), y).backward()
+    made[1].step()
+    (step,) = [event for event in engine.ledger.events() if isinstance(event, Step)]
+    exact = inputs.double().numpy()[:, 0] * np.sqrt(1_000_003)
+    assert (step.contributions >= exact).all() and (step.contributions <= exact * (1 + 2e-5)).all()
+
+
+def test_seeded_bug_norms_of_opacus_are_caught():
+    values = torch.linspace(0.1, 1, 10)
+    stock = torch.stack([torch.full((1, 1_000_003), v).norm(2, dim=-1)[0] for v in values.tolist()])
+    short = stock.double() * (1 + clipping.NORM_SLACK) < values.double() * np.sqrt(1_000_003)
+    assert short.any()

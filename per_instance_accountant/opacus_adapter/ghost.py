@@ -1,0 +1,131 @@
+"""Ghost clipping: norms without per-sample gradients, and the factors that scale each instance's loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from opacus.grad_sample.functorch import ft_compute_per_sample_gradient
+
+from per_instance_accountant.errors import AlignmentError, UnsupportedError
+from per_instance_accountant.opacus_adapter.clipping import NORM_SLACK, row_squares
+
+if TYPE_CHECKING:
+    from per_instance_accountant.opacus_adapter.capture import Tracker
+
+Gradients = dict[torch.Tensor, torch.Tensor]
+"""Parameter -> (B, ...) gradients, or (B,) norms of gradients, one row for each instance."""
+Sampler = Callable[[Any, Any, torch.Tensor], Gradients]
+"""(layer, activations, backpropagated signals) -> Gradients."""
+
+
+class GhostFactors:
+    """``get_clipping_coef`` of a tracked module: the only place where ghost clipping scales an instance.
+
+    Copies of the module get one that refuses, because their steps belong to no tracker.
+    """
+
+    def __init__(self, module: Any = None, tracker: Tracker | None = None) -> None:
+        self.module, self.tracker = module, tracker
+
+    def __call__(self) -> torch.Tensor:
+        if self.tracker is None:
+            raise AlignmentError(
+                "PIA007",
+                "a copy of a tracked module was trained",
+                "Its steps would be in no ledger",
+                "train the module that make_private returned; copies are for evaluation",
+            )
+        norms = ghost_norms(self.module)
+        return torch.from_numpy(self.tracker.clip(norms.cpu().numpy())).to(norms.device)
+
+    def __reduce__(self) -> Any:
+        return GhostFactors, ()
+
+
+def install_ghost(module: Any, tracker: Tracker) -> None:
+    """Make ghost clipping use the tracker's factors and norms that no rounding makes too small."""
+    kinds = {type(layer) for layer in module.iterate_submodules(module._module)}
+    module.NORM_SAMPLERS = {kind: norm_sampler(module, kind) for kind in kinds}
+    module.get_clipping_coef = GhostFactors(module, tracker)
+
+
+def norm_sampler(module: Any, kind: type) -> Sampler:
+    """How the norms of layers of this kind are computed: in float64, or in float32 over short blocks.
+
+    Opacus sums float32 numbers over whole layers, which can fall short of the exact sum by more than any
+    small margin.
+    """
+    if kind is torch.nn.Linear:
+        return linear_norms
+    if kind in module.NORM_SAMPLERS:
+        return partial(_float64_norms, module.NORM_SAMPLERS[kind])
+    functorch = module.force_functorch or kind not in module.GRAD_SAMPLERS
+    return partial(_block_norms, ft_compute_per_sample_gradient if functorch else module.GRAD_SAMPLERS[kind])
+
+
+def _float64_norms(sampler: Sampler, layer: Any, activations: Any, backprops: torch.Tensor) -> Gradients:
+    return sampler(layer, activations, backprops.double())
+
+
+def _block_norms(sampler: Sampler, layer: Any, activations: Any, backprops: torch.Tensor) -> Gradients:
+    found = sampler(layer, activations, backprops)
+    return {p: row_squares([gradient]).sqrt() for p, gradient in found.items()}
+
+
+def linear_norms(
+    layer: torch.nn.Linear, activations: list[torch.Tensor], backprops: torch.Tensor
+) -> Gradients:
+    """Norms (B,) of the per-sample gradients of a linear layer, without forming them, in float64.
+
+    With several positions per instance the squared norm is a sum of products of inner products. In float32
+    its rounding can exceed a norm that is small by cancellation; in float64 it cannot, for norms worth
+    clipping.
+    """
+    left = backprops.double().flatten(1, -2) if backprops.dim() > 2 else backprops.double().unsqueeze(1)
+    right = activations[0].double().reshape(*left.shape[:2], activations[0].shape[-1])
+    norms: Gradients = {}
+    if layer.weight.requires_grad:
+        if left.shape[1] == 1:
+            squares = left.square().sum(dim=(1, 2)) * right.square().sum(dim=(1, 2))
+        else:
+            squares = ((left @ left.mT) * (right @ right.mT)).sum(dim=(1, 2)).clamp(min=0)
+        norms[layer.weight] = squares.sqrt()
+    if layer.bias is not None and layer.bias.requires_grad:
+        norms[layer.bias] = left.sum(dim=1).norm(dim=1)
+    return norms
+
+
+def ghost_norms(module: Any) -> torch.Tensor:
+    """Upper bounds (B,) float64 of the norms whose parts the first backward pass of ghost clipping left on
+    the parameters; taken away, so that none is used twice.
+
+    Raises AlignmentError PIA003 when a trainable parameter has no norm for this batch, UnsupportedError
+    PIA060 when norms were computed in low precision.
+    """
+    parameters = module.trainable_parameters
+    parts: list[torch.Tensor] = [
+        p._norm_sample for p in parameters if getattr(p, "_norm_sample", None) is not None
+    ]
+    missing = len(parameters) - len(parts)
+    if missing:
+        raise AlignmentError(
+            "PIA003",
+            f"{missing} of {len(parameters)} trainable parameters have no per-sample norm for this batch",
+            "Norms of an earlier batch would have been used, so instances could enter the sum unclipped",
+            "layer.requires_grad_(False) for layers that not every forward pass uses",
+        )
+    if any(part.dtype not in (torch.float32, torch.float64) for part in parts):
+        raise UnsupportedError(
+            "PIA060",
+            "ghost clipping computed norms in low precision",
+            "Rounding can make a norm 0, and its gradient would enter the sum unclipped",
+            "train without autocast, or grad_sample_mode='hooks'",
+        )
+    for p in parameters:
+        p._norm_sample = None
+    norms = torch.stack([part.to(parts[0].device, torch.float64) for part in parts]).norm(dim=0)
+    module.per_sample_gradient_norms = norms.float()
+    return norms * (1 + NORM_SLACK)
