@@ -3,6 +3,7 @@ mistakes."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import itertools
 import math
@@ -12,7 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from per_instance_accountant.divergence import gaussian_delta
 from per_instance_accountant.unlearning import bounds
+from per_instance_accountant.unlearning.bounds.hidden_sizes import hidden_sizes
 from per_instance_accountant.unlearning.bounds.inclusion import Inclusions
 from per_instance_accountant.unlearning.bounds.interface import Measure
 from per_instance_accountant.unlearning.bounds.subsampled import (
@@ -266,3 +269,53 @@ def test_data_processing_equals_the_sampled_gaussian_and_never_decays():
         bounds.data_processing(ratio=math.inf, sample_rate=0.5, training_steps=1, order=2).value(0)
         == math.inf
     )
+
+
+def exact_epsilon_delta(shifts, rate, s, c, steps, epsilon):
+    """Larger hockey-stick divergence of the two last iterates of an affine chain, by quadrature."""
+    training = len(shifts)
+    left = c ** (steps + training - 1 - np.arange(training))
+    drawn, chance = patterns(np.full(training, rate))
+    means = drawn @ (shifts * left)
+    std = s * math.sqrt(sum(c ** (2 * j) for j in range(training + steps)))
+    x = np.linspace(-12 * std, means.max() + 12 * std, 40001)
+    q = np.exp(-((x / std) ** 2) / 2)
+    p = sum(w * np.exp(-(((x - m) / std) ** 2) / 2) for m, w in zip(means, chance, strict=True))
+    width = (x[1] - x[0]) / (std * math.sqrt(2 * math.pi))
+    return max(np.maximum(a - math.exp(epsilon) * b, 0).sum() * width for a, b in ((p, q), (q, p)))
+
+
+def test_epsilon_at_a_delta_never_below_exact_enumeration():
+    for rate, c, steps, delta in itertools.product([0.02, 0.3], [0.7, 0.95], [0, 1, 6, 40], [1e-2, 1e-5]):
+        bound = bounds.subsampled(
+            sensitivity=0.8, noise_std=1.0, contraction=c, training_steps=6, sample_rate=rate, delta=delta
+        )
+        epsilon = bound.value(steps)
+        assert exact_epsilon_delta(np.full(6, 0.8), rate, 1.0, c, steps, epsilon) <= delta * (1 + 1e-6)
+        if epsilon > 1e-9:
+            assert bound.within(steps, epsilon * (1 + 1e-8)) and not bound.within(steps, epsilon * (1 - 1e-6))
+
+
+def test_the_size_distribution_dominates_and_rounding_down_would_be_caught():
+    rng = np.random.default_rng(3)
+    for _ in range(20):
+        weights, rates = rng.uniform(0.01, 1, 10), rng.uniform(0.01, 1, 10)
+        sizes = hidden_sizes(Inclusions.of(weights, rates), 1e-5)
+        drawn, chance = patterns(rates)
+        total = drawn @ weights
+        for level in rng.uniform(0, weights.sum(), 20):
+            tail = chance[total > level].sum()
+            assert sizes.chances[sizes.sizes > level].sum() + sizes.beyond >= tail * (1 - 1e-9)
+        assert sizes.chances.sum() + sizes.beyond == pytest.approx(1, rel=1e-9)
+        exact = float(chance @ gaussian_delta(total / 2, 0.5))
+        assert exact <= sizes.delta_at(0.5, 4.0) <= exact * 1.02
+        lower = dataclasses.replace(sizes, sizes=sizes.sizes * (1 - 20 / 8192))
+        assert lower.delta_at(0.5, 4.0) < exact  # rounding to lower cells
+
+
+def test_the_mixture_itself_is_tighter_than_its_moments():
+    same = {"sensitivity": 0.001, "noise_std": 0.01, "contraction": 0.999, "training_steps": 500}
+    bound = bounds.subsampled(**same, sample_rate=0.05, delta=1e-5)
+    moments = dataclasses.replace(bound, sizes=None)
+    assert bound.value(1000) < 0.95 * moments.value(1000)
+    assert bound.steps(0.05) < moments.steps(0.05) < bounds.contractive(**same, delta=1e-5).steps(0.05)
