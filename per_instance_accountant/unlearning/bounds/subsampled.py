@@ -21,6 +21,7 @@ _NODES: Final = 512
 _DECISIONS: Final = 6_000
 _EXACT_STEPS: Final = 256
 _NEGLIGIBLE: Final = 1e-4
+_MOSTLY: Final = 3.0
 _ORDERS: Final = 1 + np.geomspace(0.25, 255.0, 20)
 
 
@@ -63,10 +64,10 @@ class Subsampled(Bound):
 
     def value(self, steps: int) -> float:
         """Upper bound after ``steps`` unlearning steps; at a delta also by (c), the mixture itself."""
-        by_order = Bound.value(self, steps)
+        by_moments = self._by_moments(steps)
         if self.sizes is None or self.measure.delta is None:
-            return by_order
-        return min(by_order, self.sizes.epsilon_at(self.measure.delta, self.plan.tail.inverse_noise(steps)))
+            return by_moments
+        return min(by_moments, self.sizes.epsilon_at(self.measure.delta, self.plan.tail.inverse_noise(steps)))
 
     def within(self, steps: int, target: float) -> bool:
         """``value(steps) <= target``, without (b) where (a) or (c) suffices."""
@@ -77,7 +78,14 @@ class Subsampled(Bound):
             # A little below the target, because value() finds epsilon by bisection and returns the upper end.
             delta = self.measure.delta or 0.0
             quick = self.sizes is not None and self.sizes.delta_at(target * (1 - 1e-9), tau) <= delta
-        return quick or self.value(steps) <= target
+        return quick or self._by_moments(steps) <= target
+
+    def _by_moments(self, steps: int) -> float:
+        """The smaller of (a) and (b); left out at a delta when unlearning noise prevails: there (c) is smaller."""
+        tau = self.plan.tail.inverse_noise(steps)
+        if self.sizes is not None and tau > _MOSTLY * float(self.plan.variances().sum()):
+            return math.inf
+        return Bound.value(self, steps)
 
 
 def held_until_the_end(arrivals: Inclusions, tau: float, orders: Array) -> Array:
