@@ -81,7 +81,7 @@ class Subsampled(Bound):
         return quick or self._by_moments(steps) <= target
 
     def _by_moments(self, steps: int) -> float:
-        """The smaller of (a) and (b); left out at a delta when unlearning noise prevails: there (c) is smaller."""
+        """The smaller of (a) and (b); at a delta left out when unlearning noise prevails, for (c)."""
         tau = self.plan.tail.inverse_noise(steps)
         if self.sizes is not None and tau > _MOSTLY * float(self.plan.variances().sum()):
             return math.inf
