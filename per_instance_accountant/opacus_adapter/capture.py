@@ -144,10 +144,13 @@ class Tracker:
         if self._skipped == (batch.loop, batch.part.logical):
             _broken("a part of a logical batch was stepped after another part had been skipped")
         if optimizer._step_skip_queue != ([] if batch.part.last else [True]):
-            _broken("signal_skip_step was called by hand")
+            _broken(
+                "signal_skip_step was called by hand", "use BatchMemoryManager for larger logical batches"
+            )
         if not self._pending and any(p.summed_grad is not None for p in optimizer.params):
             _broken(
-                "the clipped sum of an earlier batch is still on the parameters: zero_grad was not called"
+                "the clipped sum of an earlier batch is still on the parameters",
+                "optimizer.zero_grad() before every backward pass (model.zero_grad() is not enough)",
             )
         if optimizer.step_hook is not self._hook:
             _refuse_hook()
@@ -314,12 +317,15 @@ class ForwardWatch:
         return ForwardWatch, ()
 
 
-def _broken(happened: str) -> NoReturn:
+UNBROKEN = "step every physical batch of a logical batch; after break or an error call engine.abandon()"
+
+
+def _broken(happened: str, fix: str = UNBROKEN) -> NoReturn:
     raise AlignmentError(
         "PIA002",
         happened,
         "The release would be of a batch that nobody drew, or an instance could enter it twice",
-        "step every physical batch of a logical batch; after break or an error call engine.abandon()",
+        fix,
     )
 
 

@@ -14,8 +14,9 @@ from torch.utils.data import Subset, TensorDataset, WeightedRandomSampler
 
 from per_instance_accountant import FixedThresholds
 from per_instance_accountant.ledger import Phase, Thresholds
-from per_instance_accountant.opacus_adapter import PrivacyEngine, attach
+from per_instance_accountant.opacus_adapter import PrivacyEngine, attach, capture
 from per_instance_accountant.opacus_adapter.capture import Tracker
+from per_instance_accountant.opacus_adapter.clipping import clip_factors
 
 CASES = [
     pytest.param({"mode": mode, "limit": limit, "workers": workers}, id=f"{mode}-{limit}-{workers}")
@@ -115,32 +116,48 @@ def test_positions_from_a_queue_that_the_sampler_fills_are_caught(start, models,
         check_steps(start, models, by_hand, mode="hooks", limit=None, poisson_sampling=False)
 
 
+THRESHOLDS = np.linspace(0.01, 1.5, 97)
+
+
+def released(start, models, mode, position, threshold):
+    """The noiseless release of a full batch in float64, when one instance has this threshold."""
+    own = THRESHOLDS.copy()
+    own[position] = threshold
+    torch.manual_seed(0)
+    module, dataset = models["perceptron"]()
+    x, y = dataset.tensors
+    start(
+        PrivacyEngine(accountant="rdp", charging=FixedThresholds(thresholds=own)),
+        module=module.double(),
+        dataset=TensorDataset(x.double(), y),
+        mode=mode,
+        noise_multiplier=0.0,
+        batch_size=97,
+    ).train()
+    return torch.cat([p.grad.flatten() for p in module.parameters()]) * 97
+
+
+def check_moves(start, models, mode):
+    for position in (0, 13, 40, 96):
+        own = released(start, models, mode, position, THRESHOLDS[position])
+        moved = float((own - released(start, models, mode, position, 0.0)).norm())
+        assert 0 < moved <= min(float(np.float32(THRESHOLDS[position])), 0.8)
+
+
 @pytest.mark.parametrize("mode", ["hooks", "ghost"])
 def test_one_instance_moves_the_release_by_at_most_its_threshold(start, models, mode):
-    """Zero-out neighbours without noise: the releases differ by at most the threshold in Euclidean norm."""
-    thresholds = np.linspace(0.01, 1.5, 97)
+    """Zero-out neighbours: the noiseless releases differ by at most the threshold in Euclidean norm."""
+    check_moves(start, models, mode)
 
-    def released(position, threshold):
-        own = thresholds.copy()
-        own[position] = threshold
-        torch.manual_seed(0)
-        engine = PrivacyEngine(accountant="rdp", charging=FixedThresholds(thresholds=own))
-        module, dataset = models["perceptron"]()
-        x, y = dataset.tensors
-        training = start(
-            engine,
-            module=module.double(),
-            dataset=TensorDataset(x.double(), y),
-            mode=mode,
-            noise_multiplier=0.0,
-            batch_size=97,
-        ).train()
-        return torch.cat([p.grad.flatten() for p in module.parameters()]) * 97
 
-    for position in (0, 13, 40, 96):
-        limit = min(float(np.float32(thresholds[position])), 0.8)
-        moved = float((released(position, thresholds[position]) - released(position, 0.0)).norm())
-        assert 0 < moved <= limit
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+def test_recording_thresholds_without_clipping_at_them_is_caught(start, models, mode, monkeypatch):
+    def unclipped(norms, limits):
+        return clip_factors(norms, np.where(limits == 0, 0.0, 0.8))[0], clip_factors(norms, limits)[1]
+
+    monkeypatch.setattr(capture, "clip_factors", unclipped)
+    with pytest.raises(AssertionError):
+        check_moves(start, models, mode)
 
 
 @pytest.mark.parametrize("mode", ["hooks", "functorch", "ghost"])
