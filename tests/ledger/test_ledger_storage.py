@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -135,29 +137,31 @@ def test_no_write_through_a_dangling_link(path: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "target").exists()
 
 
-def test_a_read_only_directory_is_readable_but_takes_no_writer(path: Path, tmp_path: Path) -> None:
+def test_a_read_only_directory_is_readable_but_takes_no_writer() -> None:
+    # Outside pytest's directories: those are closed to the other user that a test run as root becomes.
+    top = Path(tempfile.mkdtemp())
+    path = top / "run"
     LedgerWriter.create(path, RUN).close()
     for entry, mode in (
         (path / "events.log", 0o444),
         (path / "key", 0o444),
         (path, 0o555),
-        (tmp_path, 0o555),
+        (top, 0o555),
     ):
         entry.chmod(mode)
-    for parent in tmp_path.parents[:2]:
-        parent.chmod(parent.stat().st_mode | 0o011)
 
     def check() -> bool:
         if os.getuid() == 0:
             os.setuid(65534)
-        refused = code_of(LedgerWriter.create, tmp_path / "new", RUN)
+        refused = code_of(LedgerWriter.create, top / "new", RUN)
         return Ledger.open(path).num_steps == 0 and refused == code_of(LedgerWriter.resume, path) == "PIA041"
 
     try:
         assert in_child(check)
     finally:
-        tmp_path.chmod(0o755)
+        top.chmod(0o755)
         path.chmod(0o755)
+        shutil.rmtree(top)
 
 
 def test_one_writer_at_a_time(path: Path) -> None:
