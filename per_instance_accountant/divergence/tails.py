@@ -1,0 +1,259 @@
+"""Certified tails: upper bounds of delta on a vertical line, and the search for the line and for epsilon.
+
+    delta(epsilon) = 1 / (2 pi i) int_{Re s = c} M(s) exp(-epsilon s) / (s (s + 1)) ds,   log M = sum_j counts_j log phi_j
+
+for every c > 0. A :class:`Tail` is the trapezoidal sum of the integral, which errs upwards, plus bounds of all that the
+sum and the tables leave out (docs/math/tight_epsilon.md). Which line and how many nodes are used decides how tight the
+bound is, never whether it holds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from per_instance_accountant.divergence.contour import UNIT, Line, tabulate
+
+Floats = NDArray[np.float64]
+Levels = tuple[Floats, Floats]
+"""Sample rates and ratios, (k,) each."""
+
+_LADDER: Final = 2.0 ** (np.arange(-18, 41) / 3)
+"""The abscissas that are used."""
+_NODES: Final = (40, 160, 1024, 8192)
+"""Nodes by effort; the last one composes a Gaussian step of negligible size that bounds the rest."""
+_EDGES: Final = np.append(1.6 ** np.arange(33), np.inf)
+"""Blocks of frequencies beyond the nodes, relative to the first one left out."""
+_CHERNOFF: Final = _LADDER * np.log(_LADDER) - (1 + _LADDER) * np.log1p(_LADDER)
+"""``log max_x exp(-c x) (1 - exp(-x))``: so delta(epsilon) <= exp(K(c) - c epsilon + this)."""
+_ATTEMPTS: Final = 12
+_WASTE: Final = 2e-6
+"""A bound is tight enough when neither what was added nor an alias changed it by more than this, relatively."""
+_HUGE: Final = 1e300
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Tail:
+    """Upper bound of ``log delta`` of one direction as a function of epsilon, for n runs.
+
+    ``log_scale - abscissa epsilon + log(sum_m Re(amplitude_m exp(-i epsilon w_m)) + added)``.
+    """
+
+    abscissa: float
+    period: float
+    frequencies: Floats
+    amplitude: NDArray[np.complex128]
+    log_scale: Floats
+    added: Floats
+
+    def at(self, epsilon: Floats) -> tuple[Floats, Floats, Floats]:
+        """log delta, its slope in epsilon, and the share of delta that was added; epsilon (n,), each (n,)."""
+        angle = epsilon[:, None] * self.frequencies
+        cosine, sine = np.cos(angle), np.sin(angle)
+        real, imaginary = self.amplitude.real, self.amplitude.imag
+        total = np.einsum("nm,nm->n", real, cosine) + np.einsum("nm,nm->n", imaginary, sine) + self.added
+        turned = imaginary * cosine - real * sine
+        total = np.where(total > 0, total, np.inf)
+        slope = (turned @ self.frequencies) / total - self.abscissa
+        return self.log_scale - self.abscissa * epsilon + np.log(total), slope, self.added / total
+
+    def bare(self, rows: NDArray[np.bool_]) -> Tail:
+        """The sums alone, an estimate, for some of the runs."""
+        amplitude, log_scale = self.amplitude[rows], self.log_scale[rows]
+        return replace(self, amplitude=amplitude, log_scale=log_scale, added=np.zeros(log_scale.size))
+
+
+def make_tail(counts: Floats, levels: Levels, abscissa: float, depth: float, effort: int, *, add: bool) -> Tail:
+    """The bound on one line for runs with counts (n, k); depth: about ``-log delta``; effort: 0 .. 3."""
+    count = _NODES[effort]
+    spacing = 2 * math.pi * abscissa / (20 + 2 * depth)
+    line = _line(levels[0].tobytes(), levels[1].tobytes(), abscissa, spacing, count, add)
+    nodes, edges = line.nodes, spacing * count * _EDGES
+    blur = (6.5 / edges[0]) ** 2 if effort == len(_NODES) - 1 else 0.0
+    log_moment = (counts @ line.log_moment.real) + 1j * (counts @ line.log_moment.imag)
+    log_moment += 0.5 * blur * (nodes * nodes + nodes)
+    log_scale = log_moment[:, 0].real.copy()
+    weight = np.where(nodes.imag > 0, spacing / math.pi, spacing / (2 * math.pi)) / (nodes * (nodes + 1))
+    # sum of spacing / w^2 over the nodes from an edge on is at most 1 / (edge - spacing).
+    decay = np.exp(counts @ line.log_decay(edges) - 0.5 * blur * edges[:-1] ** 2)
+    truncated = decay @ (1 / (math.pi * (edges[:-1] - spacing)))
+    size = counts @ np.abs(line.log_moment).max(axis=1) + 4 * depth * abs(nodes[-1]) / abscissa + 64
+    inexact = np.expm1(counts @ line.error + 4 * UNIT * (levels[0].size + count + 16) * size)
+    return Tail(
+        abscissa=abscissa,
+        period=2 * math.pi / spacing,
+        frequencies=nodes.imag,
+        amplitude=np.exp(log_moment - log_scale[:, None]) * weight,
+        log_scale=log_scale,
+        added=(truncated + inexact * np.abs(weight).sum()) * (1 + 1e-9),
+    )
+
+
+@lru_cache(maxsize=128)
+def _line(rates: bytes, ratios: bytes, abscissa: float, spacing: float, nodes: int, add: bool) -> Line:
+    return tabulate(np.frombuffer(rates), np.frombuffer(ratios), abscissa, spacing, nodes, add=add)
+
+
+@lru_cache(maxsize=8)
+def _ladder(rates: bytes, ratios: bytes, add: bool) -> Floats:
+    """(k, rungs): upper bounds of the log moments at the abscissas, ``_HUGE`` where they are not computed."""
+    levels = np.frombuffer(rates), np.frombuffer(ratios)
+    lines = [tabulate(*levels, float(c), float(c), 1, add=add) for c in _LADDER]
+    values = [line.log_moment[:, 0].real * (1 + 1e-13) + line.error for line in lines]
+    return np.clip(np.nan_to_num(np.stack(values, axis=1), nan=_HUGE, posinf=_HUGE), 0.0, _HUGE)
+
+
+def smallest_epsilon(counts: Floats, rates: Floats, ratios: Floats, start: Floats, log_delta: float) -> Floats:
+    """(n,) certified epsilons at most ``start``, inf where none was found; the larger of both directions."""
+    depth, floor = np.full_like(start, -log_delta), np.zeros_like(start)
+    for add in (False, True):
+        search = _Search(counts, (rates, ratios), depth, add=add)
+
+        def solve(tail: Tail, rows: NDArray[np.intp], floor: Floats = floor) -> _Found:
+            return _epsilons(tail, start[rows], floor[rows], log_delta)
+
+        chernoff = (search.moments + _CHERNOFF - log_delta) / _LADDER
+        rung = np.where(floor > 0, _saddle(search.moments, floor), chernoff.argmin(axis=1))
+        first = np.maximum(chernoff.min(axis=1) * (1 + 1e-12), 0.0)
+        floor = np.maximum(floor, search.run(rung, first, floor, solve))
+    return floor
+
+
+def tail_delta(counts: Floats, rates: Floats, ratios: Floats, start: Floats, epsilon: float) -> Floats:
+    """(n,) certified deltas at ``epsilon``, inf where none was found; the larger of both directions.
+
+    start: (n,) upper bounds, for the choice of the nodes.
+    """
+
+    def solve(tail: Tail, rows: NDArray[np.intp]) -> _Found:
+        target = np.full(rows.size, epsilon)
+        log_value, _, share = tail.at(target)
+        value = np.exp(log_value + 1e-11)
+        value = np.where(np.isfinite(value), np.maximum(value, np.nextafter(0.0, 1.0)), np.inf)
+        return _Found(value=value, epsilon=target, log_delta=log_value, waste=share)
+
+    # Powers of 2, so that few tables are made.
+    depth = 2.0 ** np.ceil(np.log2(5 - np.log(np.maximum(start, 1e-290))))
+    floor = np.zeros_like(start)
+    for add in (False, True):
+        search = _Search(counts, (rates, ratios), depth, add=add)
+        chernoff = (search.moments - epsilon * _LADDER + _CHERNOFF).min(axis=1)
+        first = np.exp(np.minimum(chernoff + 1e-12 * np.abs(chernoff) + 1e-11, 0.0))
+        first = np.maximum(first, np.nextafter(0.0, 1.0))
+        rung = _saddle(search.moments, np.full_like(start, epsilon))
+        floor = np.maximum(floor, search.run(rung, first, floor, solve))
+    return floor
+
+
+def _saddle(moments: Floats, epsilon: Floats) -> NDArray[np.int64]:
+    """Rung at which ``M(c) exp(-c epsilon) / (c (c + 1))`` is smallest, (n,)."""
+    exponent = moments - epsilon[:, None] * _LADDER - np.log(_LADDER * (_LADDER + 1))
+    return exponent.argmin(axis=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Found:
+    """What one line gave, (n,) each: certified value or inf, the epsilon it is about (inf: unknown), waste."""
+
+    value: Floats
+    epsilon: Floats
+    log_delta: Floats
+    waste: Floats
+
+
+class _Search:
+    """The search for good lines in one direction; a run leaves it as soon as its bound is tight."""
+
+    def __init__(self, counts: Floats, levels: Levels, depth: Floats, *, add: bool) -> None:
+        self.counts, self.levels, self.depth, self.add = counts, levels, depth, add
+        self.moments = counts @ _ladder(levels[0].tobytes(), levels[1].tobytes(), add)
+
+    def run(self, rung: NDArray[np.int64], first: Floats, floor: Floats, solve: Solve) -> Floats:
+        """(n,) smallest value that the lines tried certify; ``first``: values certified before.
+
+        A run whose value is at most its ``floor`` is not looked at any more.
+        """
+        result, effort = first, np.zeros(rung.size, dtype=np.int64)
+        pending = np.flatnonzero(result > floor)
+        for _ in range(_ATTEMPTS):
+            keys = np.stack([rung[pending], effort[pending], self.depth[pending]], axis=1)
+            kinds, place = np.unique(keys, axis=0, return_inverse=True)
+            for j, (height, work, depth) in enumerate(kinds):
+                rows = pending[place.ravel() == j]
+                c = float(_LADDER[int(height)])
+                tail = make_tail(self.counts[rows], self.levels, c, float(depth), int(work), add=self.add)
+                found = solve(tail, rows)
+                result[rows] = np.minimum(result[rows], found.value)
+                rung[rows], effort[rows] = self._next(rows, tail, found, int(height), int(work))
+            open_runs = (effort[pending] < len(_NODES)) & (rung[pending] >= 0)
+            pending = pending[open_runs & (result[pending] > floor[pending])]
+        return result
+
+    def _next(
+        self, rows: NDArray[np.intp], tail: Tail, found: _Found, rung: int, effort: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Rung and effort to try next; an effort beyond the last one: nothing is left to gain."""
+        last = len(_NODES) - 1
+        loose, known = ~(found.waste <= _WASTE), np.isfinite(found.epsilon)
+        aliased = ~(self._alias(rows, tail, found) <= _WASTE)
+        saddle = _saddle(self.moments[rows], np.where(known, found.epsilon, 0.0))
+        lower = np.where(aliased, np.minimum(rung - 1, saddle), saddle)
+        goal = np.where(known, lower, rung - 4)
+        more = np.minimum(effort + loose, last)
+        settled = np.isfinite(found.value) & ~aliased & (~loose | ((effort == last) & (goal >= rung)))
+        stuck = (goal >= rung) & (effort == last) & loose
+        return np.where(stuck, rung - 2, goal), np.where(settled, last + 1, more)
+
+    def _alias(self, rows: NDArray[np.intp], tail: Tail, found: _Found) -> Floats:
+        """Upper bound of the first alias on the right relative to delta."""
+        far = np.where(np.isfinite(found.epsilon), found.epsilon, 0.0) + tail.period
+        log_far = (self.moments[rows] - far[:, None] * _LADDER + _CHERNOFF).min(axis=1)
+        return np.exp(np.minimum(log_far + tail.abscissa * tail.period - found.log_delta, 50.0))
+
+
+Solve = Callable[[Tail, NDArray[np.intp]], _Found]
+
+
+def _epsilons(tail: Tail, start: Floats, floor: Floats, log_delta: float) -> _Found:
+    epsilon, waste = _invert(tail, start, floor, log_delta)
+    guess, lost = epsilon.copy(), ~np.isfinite(epsilon)
+    if lost.any():
+        guess[lost] = _invert(tail.bare(lost), start[lost], floor[lost], log_delta)[0]
+    return _Found(value=epsilon, epsilon=guess, log_delta=np.full(start.size, log_delta), waste=waste)
+
+
+def _invert(tail: Tail, start: Floats, floor: Floats, log_delta: float) -> tuple[Floats, Floats]:
+    """An epsilon in [0, start] at which the tail was seen not to exceed delta, else inf; (n,).
+
+    Close to the smallest one, or at most ``floor``.
+
+    Second: by how much, relatively, what was added raised it. Newton's rule, kept inside a bracket.
+    """
+    low, high = np.zeros_like(start), start.copy()
+    certified, waste = np.full_like(start, np.inf), np.full_like(start, np.inf)
+    epsilon, free = np.where(floor > 0, np.minimum(floor, start), start), np.zeros(start.size, dtype=np.bool_)
+    for _ in range(16):
+        log_value, slope, share = tail.at(epsilon)
+        log_value = log_value + 1e-11
+        holds = (log_value <= log_delta) & (epsilon <= certified)
+        raised = -np.log1p(-np.minimum(share, 1 - 1e-9)) / np.maximum(-slope, 1e-9) / np.maximum(epsilon, 1e-4)
+        certified, waste = np.where(holds, epsilon, certified), np.where(holds, raised, waste)
+        low, high = np.where(holds, low, np.maximum(low, epsilon)), np.where(holds, epsilon, high)
+        free |= holds & (epsilon <= floor)
+        step = (log_delta - log_value) / np.minimum(slope, -1e-300)
+        near = np.abs(step) <= 1e-9 * (1e-3 + epsilon)
+        if (holds & near | free).all():
+            break
+        # A root from the left is passed a little, so that its right side is certified.
+        aim = epsilon + np.where(holds, step * (1 - 1e-10), step * (1 + 1e-6) + 1e-10)
+        inside = np.isfinite(aim) & (slope < 0) & (aim < high) & (aim > low)
+        below = np.isfinite(aim) & (slope < 0) & (aim <= 0) & (low == 0)
+        aim = np.where(inside, aim, np.where(below, 0.0, (low + high) / 2))
+        epsilon = np.where(holds & near | free, certified, aim)
+    return certified, waste
