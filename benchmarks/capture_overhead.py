@@ -123,7 +123,7 @@ def main() -> None:
     keep_memory()
     torch.set_num_threads(1)
     options = arguments(__doc__)
-    rounds, steps = (25, 2) if options.quick else (100, 4)
+    rounds, steps = (25, 2) if options.quick else (60, 3)
     figures: dict[str, Figure] = {}
     for model in MODELS:
         for mode in TARGETS:
