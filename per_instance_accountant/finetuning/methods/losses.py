@@ -27,7 +27,8 @@ def training_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def misclassify_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """(K,) minus the mean cross-entropy, where instances that are already misclassified count as zero.
+    """(K,) minus the mean cross-entropy over the instances that are still classified as their label, 0 if
+    there is none.
 
     An unbounded ascent runs to NaN; here an instance is left alone as soon as another class is largest, so
     the loss is at least ``-log(classes)``.
@@ -37,7 +38,8 @@ def misclassify_loss(logits: Tensor, labels: Tensor) -> Tensor:
     0.0
     """
     remembered = logits.detach().argmax(-1) == labels
-    return -(cross_entropies(logits, labels) * remembered).mean(1)
+    total = (cross_entropies(logits, labels) * remembered).sum(1)
+    return -total / remembered.sum(1).clamp_min(1)
 
 
 def relabel_loss(logits: Tensor, targets: Tensor) -> Tensor:

@@ -48,7 +48,8 @@ Objective = Callable[[Weights, int], Tensor]
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Task:
     """What a method is given. forget, retain: with the leading dimension of models. counts: adversarial
-    examples per instance, (n,) or (K, n), None for the same number each."""
+    examples per instance, (n,) or (K, n), None for the same number each. original: the models that adversarial
+    examples are made on, None for ``models``."""
 
     models: Ensemble
     forget: Instances
@@ -56,6 +57,7 @@ class Task:
     seeds: Sequence[int]
     draws: Draws
     counts: Tensor | None = None
+    original: Ensemble | None = None
 
     def forget_batch(self, size: int) -> Instances:
         return _rows(self.forget, self.draws.subset(len(self.forget), size))
@@ -123,7 +125,8 @@ def _instance_wise(method: InstanceWise, task: Task) -> Recipe:
     task = _with_targets(task) if relabels else task
     examples = None
     if method.attack is not None:
-        examples = adversarial_examples(task.models, task.forget, method.attack, task.draws, task.counts)
+        attacked = task.original or task.models
+        examples = adversarial_examples(attacked, task.forget, method.attack, task.draws, task.counts)
     weights = None
     if method.importance > 0:
         weights = reversed_importance(importance(task.models, task.forget.inputs))
@@ -143,7 +146,7 @@ def _instance_wise(method: InstanceWise, task: Task) -> Recipe:
         else:
             loss = misclassify_loss(logits[:, :count], batch.labels)
         if beside is not None:
-            share = count / (count + len(beside))
+            share = method.forget_share or count / (count + len(beside))
             loss = share * loss + (1 - share) * training_loss(logits[:, count:], beside.labels)
         if weights is not None:
             loss = loss + method.importance * anchor_loss(parameters, task.models.parameters, weights)

@@ -88,7 +88,9 @@ class InstanceWise:
     ``targets`` of the instances, drawn over the other classes if there are none). attack: adversarial
     examples of the model as it was, ``adversarial_batch`` of them in a step. importance: weight of the
     anchor at the start, 0 for none. replay: retained instances take the place of adversarial examples (for
-    comparison; needs them). Stops when every instance reached the goal.
+    comparison; needs them). forget_share: weight of the loss on the instances to forget beside those, None
+    for their share of the step as in the paper; a goal to misclassify needs more, since the ascent starts at
+    gradients near zero. Stops when every instance reached the goal.
 
     With neither attack nor importance this is the plain negative gradient.
     """
@@ -100,12 +102,15 @@ class InstanceWise:
     importance: float = 0.0
     adversarial_batch: int = 64
     replay: bool = False
+    forget_share: float | None = None
 
     def __post_init__(self) -> None:
         _require(self.goal in ("misclassify", "relabel"), "goal", self.goal, "misclassify or relabel")
         _real("importance", self.importance, 0)
         _whole("adversarial_batch", self.adversarial_batch, 1)
         _require(not (self.replay and self.attack), "replay", self.replay, "False where an attack is given")
+        if self.forget_share is not None:
+            _real("forget_share", self.forget_share, 0, 1, open_low=True)
 
     @property
     def needs_retain(self) -> bool:

@@ -124,12 +124,14 @@ def unlearn_ensemble(
     *,
     seeds: Sequence[int],
     counts: ArrayLike | None = None,
+    original: Ensemble | None = None,
     progress: bool = False,
 ) -> UnlearnedEnsemble:
     """``unlearn`` for K models at once; model k sees what it would see alone with ``seeds[k]``.
 
-    forget: (K, n, ...), retain: (K, m, ...), counts: (n,) or (K, n). Raises as ``unlearn``, and UsageError
-    PIA071 for a certified run or numbers that differ from K.
+    forget: (K, n, ...), retain: (K, m, ...), counts: (n,) or (K, n). original: the models that adversarial
+    examples are made on, where ``models`` have forgotten before. Raises as ``unlearn``, and UsageError PIA071
+    for a certified run or numbers that differ from K.
     """
     sizes = {models.size, len(seeds), *(len(part.labels) for part in (forget, retain) if part is not None)}
     stacked = all(part.labels.ndim == 2 for part in (forget, retain) if part is not None)
@@ -146,6 +148,7 @@ def unlearn_ensemble(
         seeds=seeds,
         draws=Draws(seeds),
         counts=None if counts is None else torch.as_tensor(np.asarray(counts, dtype=np.int64)),
+        original=original,
     )
     _refuse_labels(models, forget, retain)
     return _descend(recipe_of(method, task), method.schedule, task, progress)
