@@ -1,5 +1,13 @@
 """Methods that make a model forget instances, behind one function; only a certified run promises anything."""
 
+from per_instance_accountant.finetuning.methods.adaptive import (
+    StepCalibration,
+    adversarial_counts,
+    calibrate,
+    requests_by_loss,
+    steps_for,
+)
+from per_instance_accountant.finetuning.methods.continual import ContinualRun, at_goal, unlearn_in_turn
 from per_instance_accountant.finetuning.methods.ensemble import Ensemble, ensemble_of
 from per_instance_accountant.finetuning.methods.instances import Instances, instances_of
 from per_instance_accountant.finetuning.methods.records import (
@@ -31,6 +39,7 @@ __all__ = [
     "METHODS",
     "Attack",
     "CertifiedRun",
+    "ContinualRun",
     "Ensemble",
     "FineTune",
     "GradientAscent",
@@ -45,11 +54,18 @@ __all__ = [
     "Schedule",
     "Scrub",
     "SparseFineTune",
+    "StepCalibration",
     "Trace",
     "UnlearnedEnsemble",
     "UnlearnedModel",
+    "adversarial_counts",
+    "at_goal",
+    "calibrate",
     "ensemble_of",
     "instances_of",
+    "requests_by_loss",
+    "steps_for",
     "unlearn",
     "unlearn_ensemble",
+    "unlearn_in_turn",
 ]
