@@ -225,6 +225,8 @@ class Tracker:
                 "The release would expose these instances, so nothing was added and nothing written",
                 "remove or repair these instances or lower the learning rate; engine.abandon()",
             )
+        part = self._current().part
+        self.recorder.compare_loss(rows, norms, first=part.first, last=part.last)
         positions = rows if mapping is None else mapping[rows]
         mechanism, thresholds = self._mechanism_now(), self.recorder.thresholds
         # In float64: float32 would round the limit up beyond the clip norm that the noise is made for.

@@ -19,6 +19,7 @@ from opacus.grad_sample import (
 )
 from opacus.layers.dp_rnn import DPRNNBase
 from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
+from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from torch.utils.data import DataLoader
 
@@ -29,7 +30,7 @@ from per_instance_accountant.accounting.rules import (
     Unamplified,
     WorstCase,
 )
-from per_instance_accountant.errors import GuaranteeError, UnsupportedError, UsageError
+from per_instance_accountant.errors import GuaranteeError, PiaError, UnsupportedError, UsageError
 from per_instance_accountant.ledger.records import Run
 from per_instance_accountant.opacus_adapter.capture import Tracker
 from per_instance_accountant.opacus_adapter.clipping import TRACKED, TrackedOptimizer
@@ -239,18 +240,30 @@ def fixed_thresholds(
 def prepare_sweep(
     charging: ChargingRule, module: Any, optimizer: Any, loader: DataLoader[Any], criterion: Any
 ) -> Callable[[int], NDArray[np.float32]] | None:
-    """The pass that measures all norms, for ``Sweep``; None for other rules. Raises UsageError PIA071."""
+    """The pass that measures all norms, for ``Sweep``; None for other rules. Without a criterion it uses
+    Opacus' default, and raises UsageError PIA071 where the model or the batches have another loss."""
     if not isinstance(charging, Sweep):
         return None
-    if criterion is None:
+    if criterion is not None:
+        return lambda size: sweep_norms(module, optimizer, loader, criterion, batch_size=size)
+    assumed: Any = torch.nn.CrossEntropyLoss(reduction=optimizer.loss_reduction)
+    if isinstance(module, GHOST_MODULES):
+        assumed = DPLossFastGradientClipping(module, optimizer, assumed, optimizer.loss_reduction)
+    return partial(_sweep_assuming, module, optimizer, loader, assumed)
+
+
+def _sweep_assuming(
+    module: Any, optimizer: Any, loader: Any, criterion: Any, batch_size: int
+) -> NDArray[np.float32]:
+    try:
+        return sweep_norms(module, optimizer, loader, criterion, batch_size=batch_size)
+    except PiaError:
+        raise
+    # Whatever a loss raises for outputs or targets that it is not made for.
+    except Exception as error:
         raise UsageError(
             "PIA071",
-            "charging=Sweep(...) without the loss function",
-            "The norms of instances that are not in a batch could not be measured",
-            "engine.make_private(..., criterion=torch.nn.CrossEntropyLoss())",
-        )
-    return partial(_sweep, module, optimizer, loader, criterion)
-
-
-def _sweep(module: Any, optimizer: Any, loader: Any, criterion: Any, batch_size: int) -> NDArray[np.float32]:
-    return sweep_norms(module, optimizer, loader, criterion, batch_size=batch_size)
+            f"the sweep could not compute cross entropy, the loss it assumes ({type(error).__name__})",
+            "No threshold can be set without the norms of all instances; nothing was written or released",
+            "make_private(..., criterion=...) with the loss of the training loop",
+        ) from error

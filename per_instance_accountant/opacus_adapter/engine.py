@@ -50,8 +50,9 @@ def attach(
     ledger: a directory for a new ledger, an open :class:`LedgerWriter` to append to, or None for memory.
     Thresholds that an open ledger recorded last stay in force. charging: default WorstCase for a Poisson
     loader, Unamplified for any other. positions: (rows of the loader's dataset,) dataset positions in the
-    run, needed when the loader is over a part of the run's data set. criterion: the loss, needed by ``Sweep``
-    only. kind, plan_digest: see :class:`~per_instance_accountant.ledger.records.Phase`.
+    run, needed when the loader is over a part of the run's data set. criterion: the loss that the sweeps of
+    ``Sweep`` measure, default cross entropy. kind, plan_digest: see
+    :class:`~per_instance_accountant.ledger.records.Phase`.
 
     Raises UnsupportedError PIA060, GuaranteeError PIA010 for a rule that the loader's sampling does not
     support, UsageError for arguments that do not fit the data set, LedgerError PIA040 for another ledger.
@@ -72,6 +73,7 @@ def attach(
         setting=setting,
         thresholds=check.fixed_thresholds(setting.charging, run.num_instances, recorded=appended is not None),
         sweep=check.prepare_sweep(setting.charging, module, optimizer, data_loader, criterion),
+        loss_assumed=criterion is None,
     )
     tracker = Tracker(optimizer=optimizer, module=core, recorder=recorder)
     loader = track_loader(data_loader, tracker)
@@ -151,19 +153,20 @@ class PrivacyEngine(opacus.PrivacyEngine):
 
     def make_private(self, *, criterion: Any = None, **arguments: Any) -> Any:
         """As in Opacus, same arguments and same tuple; the loader must be iterated directly or through
-        Opacus' BatchMemoryManager. criterion: the loss, as in Opacus for ghost clipping, and in every mode
-        with ``Sweep``.
+        Opacus' BatchMemoryManager. criterion: the loss, cross entropy if none is given, as in Opacus. Ghost
+        clipping and the sweeps of ``Sweep`` use it; for a loop with another loss an assumed one raises
+        UsageError PIA071 before anything is released.
 
         Raises UnsupportedError PIA060 for configurations that are not accounted for, GuaranteeError PIA010
         for a charging rule that the loader's sampling does not support, UsageError for arguments that do
         not fit.
         """
-        self._check_arguments(arguments, criterion)
+        self._check_arguments(arguments)
         if criterion is not None:
             arguments["criterion"] = criterion
         made = super().make_private(**arguments)
         module, optimizer, loader = made[0], made[1], made[-1]
-        loss = made[2] if len(made) == 4 else criterion
+        loss = made[2] if criterion is not None and len(made) == 4 else criterion
         self._tracker, tracked = attach(optimizer, loader, module=module, criterion=loss, **self._tracking)
         return (*made[:-1], tracked)
 
@@ -171,7 +174,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         """As in Opacus, same arguments and same tuple; see :meth:`make_private`."""
         return super().make_private_with_epsilon(criterion=criterion, **arguments)
 
-    def _check_arguments(self, arguments: Mapping[str, Any], criterion: Any) -> None:
+    def _check_arguments(self, arguments: Mapping[str, Any]) -> None:
         """Refuse before the model is changed what :func:`attach` would refuse after it."""
         if self._tracker is not None:
             check.refuse(
@@ -193,7 +196,6 @@ class PrivacyEngine(opacus.PrivacyEngine):
             rule = check.choose_charging(self._tracking["charging"], poisson)
             check.describe_run(loader, *(self._tracking[name] for name in ("ids", "groups", "assumptions")))
             check.fixed_thresholds(rule, len(loader.dataset))
-            check.prepare_sweep(rule, None, optimizer, loader, criterion)
         if isinstance(optimizer, torch.optim.Optimizer):
             check.check_untracked(optimizer)
         if isinstance(arguments.get("module"), torch.nn.Module):

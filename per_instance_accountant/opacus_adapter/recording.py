@@ -13,10 +13,13 @@ from numpy.typing import NDArray
 from opacus.optimizers import DPOptimizer
 
 from per_instance_accountant.accounting.rules import ChargingRule, FixedThresholds, Sweep
-from per_instance_accountant.errors import GuaranteeError, LedgerError
+from per_instance_accountant.errors import GuaranteeError, LedgerError, UsageError
 from per_instance_accountant.ledger import Anchor, Ledger, LedgerWriter, Phase, Resume, Run, Step, Thresholds
 from per_instance_accountant.opacus_adapter.clipping import round_up
 
+Norms = NDArray[np.float64]
+LOSS_FACTOR = 2.0
+"""By how much the median norm of a sweep may differ from that of the loop: dropout is off in sweeps."""
 Observation = tuple[NDArray[np.int64], NDArray[np.float32]]
 """(B,) dataset positions and (B,) upper bounds of the norms with which they entered the clipped sum."""
 
@@ -49,9 +52,14 @@ class Recorder:
         setting: Setting,
         thresholds: NDArray[np.float32] | None = None,
         sweep: Callable[[int], NDArray[np.float32]] | None = None,
+        loss_assumed: bool = False,
     ) -> None:
         self.optimizer, self.run, self.setting, self.thresholds = optimizer, run, setting, thresholds
         self._sweep, self._until_sweep = sweep, 0
+        self._loss_assumed = loss_assumed
+        self._swept: Norms | None = None
+        """Norms of all rows at the present parameters, as long as nobody knows the loss of the loop."""
+        self._compared: list[Norms] = []
         self._stated: tuple[Any, ...] | None = None
         """What the last Phase was made of."""
         self._path = None if isinstance(ledger, LedgerWriter) else ledger
@@ -140,6 +148,7 @@ class Recorder:
             return
         writer = self.writer
         norms = self._sweep(limit).astype(np.float64)
+        self._swept = norms if self._loss_assumed else None
         bounds = round_up(np.minimum(norms * rule.slack, float(self.optimizer.max_grad_norm)))
         values = np.zeros(self.run.num_instances, dtype=np.float32)
         values[slice(None) if self.setting.positions is None else self.setting.positions] = bounds
@@ -156,7 +165,32 @@ class Recorder:
             writer.append(self.mechanism())
             self._stated = inputs
         writer.append(step)
+        self._swept, self._compared = None, []
         self._until_sweep = max(0, self._until_sweep - 1)
+
+    def compare_loss(self, rows: NDArray[np.int64], norms: Norms, *, first: bool, last: bool) -> None:
+        """Compare the norms of a part of a logical batch with those of the sweep at the same parameters.
+
+        Only for a loss that was assumed, and until one step agreed. Raises UsageError PIA071.
+        """
+        if self._swept is None:
+            return
+        compared = [] if first else list(self._compared)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratios = norms / self._swept[rows]
+        compared.append(np.where(np.isnan(ratios), 1.0, ratios))
+        together = np.concatenate(compared)
+        if not last or not together.size:
+            self._compared = compared
+        elif 1 / LOSS_FACTOR <= np.median(together) <= LOSS_FACTOR:
+            self._loss_assumed, self._swept, self._compared = False, None, []
+        else:
+            raise UsageError(
+                "PIA071",
+                "the sweep used another loss than the loop: their norms of the same instances disagree",
+                "Instances would be clipped at norms of a loss that is not trained; nothing was released",
+                "make_private(..., criterion=...) with the loss of the training loop",
+            )
 
     def _step(self, observations: Sequence[Observation]) -> Step:
         positions, contributions = observations[0]

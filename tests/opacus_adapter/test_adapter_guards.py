@@ -387,14 +387,6 @@ def test_second_make_private(start):
         attach(training.optimizer, training.loader)
 
 
-def test_sweep_needs_the_loss():
-    engine, module = PrivacyEngine(accountant="rdp", charging=Sweep(every=2)), nn.Linear(10, 3)
-    loader = DataLoader(TensorDataset(torch.ones(8, 10)), batch_size=2)
-    arguments = {"module": module, "optimizer": torch.optim.SGD(module.parameters(), lr=0.1)}
-    with pytest.raises(UsageError, match="criterion"):
-        engine.make_private(**arguments, data_loader=loader, noise_multiplier=1.0, max_grad_norm=1.0)
-
-
 def test_a_hook_that_assumes_a_smaller_sample_rate(start):
     module = GradSampleModule(nn.Linear(10, 3))
     sgd = torch.optim.SGD(module.parameters(), lr=0.1)
