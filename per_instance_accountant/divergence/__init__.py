@@ -8,6 +8,7 @@ from per_instance_accountant.divergence.grid import SensitivityGrid
 from per_instance_accountant.divergence.groups import group_gaussian_rdp, group_gaussian_rdp_removal
 from per_instance_accountant.divergence.orders import DEFAULT_ORDERS, interpolate_rdp
 from per_instance_accountant.divergence.sampled_gaussian import gaussian_rdp, sampled_gaussian_rdp
+from per_instance_accountant.divergence.tight import sampled_gaussian_delta, sampled_gaussian_epsilon
 
 __all__ = [
     "DEFAULT_ORDERS",
@@ -21,5 +22,7 @@ __all__ = [
     "interpolate_rdp",
     "rdp_to_delta",
     "rdp_to_epsilon",
+    "sampled_gaussian_delta",
+    "sampled_gaussian_epsilon",
     "sampled_gaussian_rdp",
 ]

@@ -166,13 +166,17 @@ def _block(
     base = peak + np.log(total) + math.log(lattice[0][1] - lattice[0][0]) - _LOG_SQRT_2PI
     weight /= total[:, None]
     loss = -log_ratio if add else log_ratio
-    relative = _transform(weight, loss, spacing, count)
+    relative = _transform(weight, loss, spacing, count) if count > 1 else np.ones((a.size, 1), complex)
     relative[:, 0] = 1.0
     tiny = np.abs(relative) < 1e-18
     log_moment = base[:, None] + np.log(np.where(tiny, 1e-18, relative))
     error = _rounding(q, a, z, log_ratio, abs(beta) + spacing * count) + lattice[0].size * (
         UNIT + math.exp(-_CUT)
     )
+    if count == 1:
+        # A single real point has no frequencies beyond it: nothing is known, and nothing is needed.
+        unknown = np.zeros((a.size, _WINDOWS.size))
+        return log_moment, error, unknown, unknown, np.full(a.size, np.inf)
     second, fourth = _spread(weight, loss, z, a, log_strip, height)
     return log_moment, error, second, fourth, _log_variation(q, a, beta + 1, base)
 

@@ -32,9 +32,12 @@ _EDGES: Final = np.append(1.6 ** np.arange(33), np.inf)
 """Blocks of frequencies beyond the nodes, relative to the first one left out."""
 _CHERNOFF: Final = _LADDER * np.log(_LADDER) - (1 + _LADDER) * np.log1p(_LADDER)
 """``log max_x exp(-c x) (1 - exp(-x))``: so delta(epsilon) <= exp(K(c) - c epsilon + this)."""
-_ATTEMPTS: Final = 12
-_WASTE: Final = 2e-6
-"""A bound is tight enough when neither what was added nor an alias changed it by more than this, relatively."""
+_FEW_LEVELS: Final = 24
+"""Up to so many levels the tables of the last effort are worth their seconds."""
+_ATTEMPTS: Final = 10
+_WASTE: Final = 4e-6
+_ALIAS: Final = 3e-5
+"""A bound is tight enough when what was added changed it, and an alias delta, by no more than this, relatively."""
 _HUGE: Final = 1e300
 
 
@@ -72,6 +75,9 @@ class Tail:
 def make_tail(counts: Floats, levels: Levels, abscissa: float, depth: float, effort: int, *, add: bool) -> Tail:
     """The bound on one line for runs with counts (n, k); depth: about ``-log delta``; effort: 0 .. 3."""
     count = _NODES[effort]
+    if effort >= 2:
+        used = (counts > 0).any(axis=0)
+        counts, levels = counts[:, used], (levels[0][used], levels[1][used])
     spacing = 2 * math.pi * abscissa / (20 + 2 * depth)
     line = _line(levels[0].tobytes(), levels[1].tobytes(), abscissa, spacing, count, add)
     nodes, edges = line.nodes, spacing * count * _EDGES
@@ -172,6 +178,7 @@ class _Search:
 
     def __init__(self, counts: Floats, levels: Levels, depth: Floats, *, add: bool) -> None:
         self.counts, self.levels, self.depth, self.add = counts, levels, depth, add
+        self.last = len(_NODES) - 1 if levels[0].size <= _FEW_LEVELS else len(_NODES) - 2
         self.moments = counts @ _ladder(levels[0].tobytes(), levels[1].tobytes(), add)
 
     def run(self, rung: NDArray[np.int64], first: Floats, floor: Floats, solve: Solve) -> Floats:
@@ -191,7 +198,7 @@ class _Search:
                 found = solve(tail, rows)
                 result[rows] = np.minimum(result[rows], found.value)
                 rung[rows], effort[rows] = self._next(rows, tail, found, int(height), int(work))
-            open_runs = (effort[pending] < len(_NODES)) & (rung[pending] >= 0)
+            open_runs = (effort[pending] <= self.last) & (rung[pending] >= 0)
             pending = pending[open_runs & (result[pending] > floor[pending])]
         return result
 
@@ -199,9 +206,9 @@ class _Search:
         self, rows: NDArray[np.intp], tail: Tail, found: _Found, rung: int, effort: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Rung and effort to try next; an effort beyond the last one: nothing is left to gain."""
-        last = len(_NODES) - 1
+        last = self.last
         loose, known = ~(found.waste <= _WASTE), np.isfinite(found.epsilon)
-        aliased = ~(self._alias(rows, tail, found) <= _WASTE)
+        aliased = ~(self._alias(rows, tail, found) <= _ALIAS)
         saddle = _saddle(self.moments[rows], np.where(known, found.epsilon, 0.0))
         lower = np.where(aliased, np.minimum(rung - 1, saddle), saddle)
         goal = np.where(known, lower, rung - 4)
