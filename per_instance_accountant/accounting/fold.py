@@ -1,10 +1,11 @@
 """The fold: facts of a ledger -> one Renyi curve per instance.
 
 Every step is charged to every instance, drawn or not, at the bound ``c`` that its charging rule gives:
-``D_alpha(sample_rate, c / noise_std)`` of the Poisson-sampled Gaussian (``docs/math/individual_loss.md``).
-The value between two nodes of the sensitivity grid is read off the chord, which lies above the curve because
-the
-Renyi divergence of one step is convex in the squared sensitivity.
+``D_alpha(sample_rate, c / noise_std)`` of the Poisson-sampled Gaussian
+(``docs/math/individual_loss.md``). The value between two nodes of the sensitivity grid is read off
+the chord, which lies above the curve because the Renyi divergence of one step is convex in the
+squared sensitivity. Memory: the curves themselves, about 40 bytes per instance beside them, and a
+bounded remainder; ``partition`` folds a range of instances only.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from per_instance_accountant.accounting.chords import CHUNK, ChordTables, clip_ratio, finished
+from per_instance_accountant.accounting.levels import Span
 from per_instance_accountant.accounting.loss import IndividualLoss
 from per_instance_accountant.accounting.rules import (
     Basis,
@@ -27,7 +30,7 @@ from per_instance_accountant.accounting.rules import (
     Unamplified,
     WorstCase,
 )
-from per_instance_accountant.divergence import DEFAULT_ORDERS, SensitivityGrid, sampled_gaussian_rdp
+from per_instance_accountant.divergence import DEFAULT_ORDERS, sampled_gaussian_rdp
 from per_instance_accountant.errors import GuaranteeError, UsageError
 from per_instance_accountant.ledger import Ledger
 from per_instance_accountant.ledger.records import Event, Phase, Resume, Step, Thresholds
@@ -39,32 +42,38 @@ _BASIS: dict[str, Basis] = {
 }
 _ENFORCED = ("fixed_thresholds", "sweep")
 _STRENGTH = (Basis.CERTIFIED, Basis.OUTPUT_SPECIFIC, Basis.ESTIMATE)
-_CHUNK = 1 << 15
+_FIXED = ("worst_case", "fixed_thresholds")
+"""Rules whose bounds are known before the run."""
 _ROUNDING = 1 + 1e-12
 """Covers the rounding of the additions (relative 1e-16 each, up to 4,000 spans per instance)."""
+_SPAN_BYTES = 1 << 28
+_SPAN_RATES = 4
+"""Runs whose spans need more than this keep no spans: their tight epsilon is that of their Renyi
+curve."""
 
 
 class _Fold:
-    """Running totals while the events of a ledger go by. ``bound`` is what each instance is charged from
-    step ``since`` on."""
+    """Running totals of the instances ``part`` while the events of a ledger go by. ``bound`` is what
+    each instance is charged from step ``since`` on."""
 
-    def __init__(self, num_instances: int, orders: Array, charging: str | None) -> None:
-        self.rule_override, self.orders = charging, orders
-        self.rdp = np.zeros((num_instances, len(orders)))
+    def __init__(self, ledger: Ledger, part: slice, orders: Array, charging: str | None) -> None:
+        size = part.stop - part.start
+        self.part, self.rule_override, self.orders = part, charging, orders
+        self.tables = ChordTables(ledger.phases, orders)
+        self.rdp = np.zeros((size, len(orders)))
         self.worst = np.zeros(len(orders))
-        self.squared_mu: Array | None = np.zeros(num_instances)
-        self.grid = SensitivityGrid(bits=6, octaves=16)
-        self.node_ratios = np.sqrt(self.grid.nodes)
-        self.tables: dict[tuple[float, float], tuple[Array, NDArray[np.bool_]]] = {}
+        self.squared_mu: Array | None = np.zeros(size)
         self.phase: Phase | None = None
-        self.enforced: Array = np.full(num_instances, np.inf)
-        self.forgotten = np.zeros(num_instances, dtype=bool)
-        self.seen: Array = np.full(num_instances, np.inf)
-        self.bound: Array = np.full(num_instances, np.inf)
-        self.since = np.zeros(num_instances, dtype=np.int64)
+        self.enforced: Array = np.full(size, np.inf)
+        self.forgotten = np.zeros(size, dtype=bool)
+        self.seen: Array = np.full(size, np.inf)
+        self.bound: Array = np.full(size, np.inf)
+        self.since = np.zeros(size, dtype=np.int64)
         self.step = 0
         self.phase_start = 0
         self.rules_used: set[str] = set()
+        self.spans: list[Span] | None = []
+        self.worst_spans: list[Span] | None = []
 
     def take(self, event: Event) -> None:
         """Dispatch one event."""
@@ -78,7 +87,7 @@ class _Fold:
 
     def _take_thresholds(self, thresholds: Thresholds) -> None:
         self.settle_all()
-        self.enforced = thresholds.values.astype(np.float64)
+        self.enforced = thresholds.values[self.part].astype(np.float64)
         if thresholds.source == "forget":
             self.forgotten |= self.enforced == 0
         self._set_bound()
@@ -87,15 +96,19 @@ class _Fold:
         rule = self.rule
         self.rules_used.add(rule)
         self._charge_repeats(step)
-        if rule == "unamplified":
-            self._charge_drawn(step)
-        elif rule == "last_seen":
-            self._settle(step.positions)
-            self.seen[step.positions] = self.bound[step.positions] = step.contributions
+        if rule in ("unamplified", "last_seen"):
+            here = (step.positions >= self.part.start) & (step.positions < self.part.stop)
+            positions, contributions = step.positions[here] - self.part.start, step.contributions[here]
+            if rule == "unamplified":
+                self._charge_drawn(positions, contributions)
+            else:
+                self._settle(positions)
+                self.seen[positions] = self.bound[positions] = contributions
         self.step += 1
 
     def _take_resume(self, resume: Resume) -> None:
-        """Steps of an abandoned branch stay charged; the ledger has what binds the new one stated again."""
+        """Steps of an abandoned branch stay charged; the ledger has what binds the new one stated
+        again."""
 
     @property
     def rule(self) -> str:
@@ -122,72 +135,62 @@ class _Fold:
         self.bound = np.minimum(source, self.phase.max_grad_norm)
         self.bound[self.forgotten] = 0.0
 
-    def _losses(self, nodes: NDArray[np.int64]) -> Array:
-        """(len(nodes), orders) losses of one step at grid nodes; each node of a mechanism is computed
-        once."""
-        phase = self.mechanism
-        key = (phase.amplification_rate, _ratio(phase))
-        if key not in self.tables:
-            size = len(self.node_ratios)
-            self.tables[key] = (np.zeros((size, len(self.orders))), np.zeros(size, dtype=bool))
-        table, known = self.tables[key]
-        new = np.unique(nodes[~known[nodes]])
-        if new.size:
-            # Node 0 is a zero contribution, also where there is no noise.
-            with np.errstate(invalid="ignore"):
-                ratios = np.where(new > 0, self.node_ratios[new] * key[1], 0.0)
-            table[new] = sampled_gaussian_rdp(key[0], ratios, self.orders)
-            known[new] = True
-        losses: Array = table[nodes]
-        return losses
-
     def settle_all(self) -> None:
         """Charge the span that ends now: everybody, and the worst case."""
-        if self.phase is not None and self.step > self.phase_start:
-            top = np.array([len(self.node_ratios) - 1])
-            self.worst += (self.step - self.phase_start) * self._losses(top)[0]
+        steps = self.step - self.phase_start
+        if self.phase is not None and steps > 0:
+            self.worst += steps * self.tables.top(self.phase)
+            self._keep_span(self.phase, steps)
             self.phase_start = self.step
         if self.phase is not None and self.rule != "unamplified":
-            for start in range(0, len(self.since), _CHUNK):
-                self._settle(np.arange(start, min(start + _CHUNK, len(self.since))))
+            for start in range(0, len(self.since), CHUNK):
+                self._settle(slice(start, min(start + CHUNK, len(self.since))))
         self.since[:] = self.step
 
-    def _settle(self, positions: NDArray[np.int64]) -> None:
+    def _keep_span(self, phase: Phase, steps: int) -> None:
+        """Remember the ratios of the span for the tight epsilon, rounded up to float32."""
+        rate, ratio = phase.amplification_rate, clip_ratio(phase)
+        self.worst_spans = _with_span(self.worst_spans, steps, rate, np.array([ratio]))
+        if self.rule not in _FIXED:
+            self.spans = None
+        if self.spans is not None:
+            share = np.minimum(self.bound / phase.max_grad_norm * (1 + 1e-15), 1.0)
+            ratios = np.where(share > 0, share, np.nan) * ratio
+            self.spans = _with_span(self.spans, steps, rate, np.where(share > 0, ratios, 0.0))
+
+    def _settle(self, positions: NDArray[np.int64] | slice) -> None:
         """Charge ``positions`` their present bound for the steps since they were last charged."""
         steps = self.step - self.since[positions]
         if not steps.any():
             return
-        phase = self.mechanism
+        phase, bound = self.mechanism, self.bound[positions]
         # Rounded up: the division and the square may each round down by one unit in the last place.
-        ratio = np.minimum(np.nextafter(self.bound[positions] / phase.max_grad_norm, np.inf), 1.0)
-        squared = np.where(self.bound[positions] == 0, 0.0, np.minimum(np.nextafter(ratio**2, np.inf), 1.0))
-        lower, weight = self.grid.locate(squared)
-        # A weight of zero silences an infinite loss (no noise): 0 * inf would be NaN.
-        with np.errstate(invalid="ignore"):
-            low = np.where(weight[:, None] < 1, (1 - weight)[:, None] * self._losses(lower), 0.0)
-            high = np.where(weight[:, None] > 0, weight[:, None] * self._losses(lower + 1), 0.0)
-            self.rdp[positions] += np.where(steps[:, None] > 0, steps[:, None] * (low + high), 0.0)
+        ratio = np.minimum(np.nextafter(bound / phase.max_grad_norm, np.inf), 1.0)
+        squared = np.where(bound == 0, 0.0, np.minimum(np.nextafter(ratio**2, np.inf), 1.0))
+        self.rdp[positions] += self.tables.losses(phase, squared, steps)
         if phase.amplification_rate < 1:
             self.squared_mu = None
         if self.squared_mu is not None:
-            self.squared_mu[positions] += steps * squared * _ratio(phase) ** 2
+            with np.errstate(invalid="ignore"):
+                spent = np.where(squared > 0, steps * squared * clip_ratio(phase) ** 2, 0.0)
+            self.squared_mu[positions] += spent
         self.since[positions] = self.step
 
-    def _charge_drawn(self, step: Step) -> None:
+    def _charge_drawn(self, positions: NDArray[np.int64], contributions: NDArray[np.float32]) -> None:
         """Gaussian loss of the drawn, nothing for the others, no amplification (``alpha c^2 / (2
         std^2)``)."""
         phase = self.mechanism
-        squared = (np.nextafter(step.contributions.astype(np.float64), np.inf) / phase.noise_std) ** 2
-        self.rdp[step.positions] += squared[:, None] * (self.orders / 2)
+        squared = (np.nextafter(contributions.astype(np.float64), np.inf) / phase.noise_std) ** 2
+        self.rdp[positions] += squared[:, None] * (self.orders / 2)
         if self.squared_mu is not None:
-            self.squared_mu[step.positions] += squared
+            self.squared_mu[positions] += squared
 
     def _charge_repeats(self, step: Step) -> None:
-        """A non-Poisson loader may put an instance into one release m times: its contribution is then up to
-        m clip norms.
+        """A non-Poisson loader may put an instance into one release m times: its contribution is
+        then up to m clip norms.
 
-        The batch order of such a loader is public, so m is; the whole release is charged at m clip norms on
-        top.
+        The batch order of such a loader is public, so m is; the whole release is charged at m clip
+        norms on top.
         """
         phase = self.mechanism
         repeats = math.ceil(step.contributions.max(initial=0.0) / phase.max_grad_norm - 1e-6)
@@ -200,10 +203,11 @@ class _Fold:
                 "Clipping failed or an instance was drawn twice, so no individual number of this run holds",
                 "train again with the loader and the optimizer returned by make_private",
             )
-        ratios = np.array([repeats, 1]) * _ratio(phase)
+        ratios = np.array([repeats, 1]) * clip_ratio(phase)
         several, once = sampled_gaussian_rdp(phase.amplification_rate, ratios, self.orders)
         extra = np.where(np.isfinite(several), several - once, np.inf)
         self.worst += extra
+        self.spans = self.worst_spans = None
         if self.rule != "unamplified":
             self.rdp += extra
             self.squared_mu = None
@@ -217,9 +221,20 @@ _TAKE: dict[type[Event], Callable[[_Fold, Any], None]] = {
 }
 
 
-def _ratio(phase: Phase) -> float:
-    """Sensitivity ratio of the worst case: clip norm over noise std, infinite without noise."""
-    return phase.max_grad_norm / phase.noise_std if phase.noise_std > 0 else np.inf
+def _with_span(spans: list[Span] | None, steps: int, rate: float, ratios: Array) -> list[Span] | None:
+    """The spans and one more, which is joined to the last one if nothing changed; None if they
+    became too many."""
+    if spans is None:
+        return None
+    with np.errstate(over="ignore"):
+        narrow = ratios.astype(np.float32)
+    narrow = np.where(narrow < ratios, np.nextafter(narrow, np.float32(np.inf)), narrow)
+    last = spans[-1] if spans else None
+    if last is not None and last.sample_rate == rate and np.array_equal(last.ratios, narrow):
+        return [*spans[:-1], Span(steps=last.steps + steps, sample_rate=rate, ratios=last.ratios)]
+    spans.append(Span(steps=steps, sample_rate=rate, ratios=narrow))
+    rates = {span.sample_rate for span in spans}
+    return spans if len(rates) <= _SPAN_RATES and len(spans) * narrow.nbytes <= _SPAN_BYTES else None
 
 
 def _checked_orders(orders: Sequence[float] | Array | None) -> Array:
@@ -232,6 +247,18 @@ def _checked_orders(orders: Sequence[float] | Array | None) -> Array:
             "account(ledger, orders=[2, 8, 32])",
         )
     return values
+
+
+def _checked_partition(partition: tuple[int, int] | None, size: int) -> slice:
+    start, stop = (0, size) if partition is None else partition
+    if not (0 <= start < stop <= size):
+        raise UsageError(
+            "PIA070",
+            f"the partition is ({start}, {stop}), allowed are positions 0 <= start < stop <= {size}",
+            "No instance of this ledger would be accounted for by it",
+            f"account(ledger, partition=(0, {size}))",
+        )
+    return slice(start, stop)
 
 
 def _check_rule(ledger: Ledger, charging: ChargingRule | None) -> None:
@@ -267,20 +294,24 @@ def account(
     ledger: Ledger | str | os.PathLike[str],
     charging: ChargingRule | None = None,
     orders: Sequence[float] | Array | None = None,
+    *,
+    partition: tuple[int, int] | None = None,
 ) -> IndividualLoss:
     """Individual Renyi losses of every instance over all recorded steps.
 
-    ledger: an open Ledger or the path of one. charging: a rule, or None for the rule(s) of the run itself.
-    orders: (m,) Renyi orders above 1, or None for ``divergence.DEFAULT_ORDERS``.
+    ledger: an open Ledger or the path of one. charging: a rule, or None for the rule(s) of the run
+    itself. orders: (m,) Renyi orders above 1, or None for ``divergence.DEFAULT_ORDERS``.
+    partition: ``(start, stop)`` positions, or None for all; the parts of a data set are folded
+    independently of each other, each in about ``8 m + 40`` bytes per instance.
 
-    Returns an :class:`IndividualLoss` whose ``rdp`` (N, m) are upper bounds in nats, with the basis on which
-    they
-    stand. Raises UsageError PIA070 for orders at most 1, GuaranteeError PIA013 for a rule that the run did
-    not
+    Returns an :class:`IndividualLoss` whose ``rdp`` (N, m) are upper bounds in nats, with the basis
+    on which they
+    stand. Raises UsageError PIA070 for orders at most 1 or a partition outside the data set,
+    GuaranteeError PIA013 for a rule that the run did not
     enforce, LedgerError for a ledger that is missing or damaged.
 
-    Source of the step formula: Mironov, Talwar and Zhang 2019 with the instance's own bound as sensitivity;
-    chord and
+    Source of the step formula: Mironov, Talwar and Zhang 2019 with the instance's own bound as
+    sensitivity; chord and
     composition are derived in ``docs/math/individual_loss.md``.
 
     >>> from per_instance_accountant.accounting import FixedThresholds
@@ -301,19 +332,24 @@ def account(
     """
     ledger = Ledger.open(ledger)
     _check_rule(ledger, charging)
-    fold = _Fold(ledger.num_instances, _checked_orders(orders), charging.name if charging else None)
+    part = _checked_partition(partition, ledger.num_instances)
+    fold = _Fold(ledger, part, _checked_orders(orders), charging.name if charging else None)
     for event in ledger.events():
         fold.take(event)
     fold.settle_all()
     rules = fold.rules_used or ({charging.name} if charging else {p.charging for p in ledger.phases})
+    np.minimum(finished(fold.rdp), fold.worst, out=fold.rdp)
+    fold.rdp *= _ROUNDING
     return IndividualLoss(
-        rdp=np.minimum(fold.rdp, fold.worst) * _ROUNDING,
+        rdp=fold.rdp,
         worst_case_rdp=fold.worst * _ROUNDING,
         orders=fold.orders,
-        ids=ledger.ids,
+        ids=ledger.ids[part],
         basis=max((_BASIS[r] for r in rules), key=_STRENGTH.index, default=Basis.CERTIFIED),
         charging=tuple(sorted(rules)),
         num_steps=ledger.num_steps,
         mu=None if fold.squared_mu is None else np.sqrt(fold.squared_mu) * _ROUNDING,
         digest=ledger.digest,
+        spans=None if fold.spans is None else tuple(fold.spans),
+        worst_spans=None if fold.worst_spans is None else tuple(fold.worst_spans),
     )

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from per_instance_accountant.accounting.levels import Span, tight_epsilon
 from per_instance_accountant.accounting.rules import Basis
 from per_instance_accountant.divergence import gaussian_epsilon, rdp_to_epsilon
 
@@ -18,8 +19,10 @@ class IndividualLoss:
 
     rdp: (N, m). orders: (m,). ids: (N,) business ids. charging: names of the rules that were applied.
     worst_case_rdp: (m,) what the clip norm allows for everybody, whatever their data (always CERTIFIED).
-    mu: (N,) Gaussian-DP parameter when no step was amplified by sampling, else None; then epsilon is exact.
-    num_steps: charged steps. digest: of the ledger that was read.
+    mu: (N,) Gaussian-DP parameter when no step was amplified by sampling, else None; then epsilon is
+    exact. num_steps: charged steps. digest: of the ledger that was read.
+    spans, worst_spans: the steps with the ratios of the instances and of the worst case, where these
+    are known and were fixed before the run, else None; the tight epsilons need them.
     """
 
     rdp: NDArray[np.float64]
@@ -31,10 +34,12 @@ class IndividualLoss:
     num_steps: int
     mu: NDArray[np.float64] | None
     digest: str
+    spans: tuple[Span, ...] | None = None
+    worst_spans: tuple[Span, ...] | None = None
 
     def epsilon(self, delta: float) -> NDArray[np.float64]:
-        """(N,) upper bounds on epsilon at ``delta``, on the loss's basis (Canonne, Kamath and Steinke 2020,
-        Prop. 12;
+        """(N,) upper bounds on epsilon at ``delta``, on the loss's basis (Canonne, Kamath and
+        Steinke 2020, Prop. 12;
         exact for steps without amplification)."""
         epsilon: NDArray[np.float64] = np.atleast_1d(rdp_to_epsilon(self.orders, self.rdp, delta))
         return epsilon if self.mu is None else np.minimum(epsilon, gaussian_epsilon(self.mu, delta))
@@ -42,6 +47,25 @@ class IndividualLoss:
     def worst_case_epsilon(self, delta: float) -> float:
         """Upper bound on epsilon at ``delta`` for every instance, whatever its data."""
         return float(rdp_to_epsilon(self.orders, self.worst_case_rdp, delta))
+
+    def tight_epsilon(self, delta: float) -> NDArray[np.float64]:
+        """(N,) upper bounds on epsilon, at most :meth:`epsilon`, on the loss's basis.
+
+        Tight where the basis is CERTIFIED: a realised sum of adaptively chosen bounds is a statement
+        about Renyi divergences only (docs/math/tight_epsilon.md), so elsewhere this is :meth:`epsilon`.
+        """
+        epsilon = self.epsilon(delta)
+        if self.spans is None or self.basis is not Basis.CERTIFIED:
+            return epsilon
+        return np.minimum(epsilon, tight_epsilon(self.spans, delta))
+
+    def tight_worst_case_epsilon(self, delta: float) -> float:
+        """Upper bound on epsilon for every instance, at most :meth:`worst_case_epsilon`, tight where
+        possible."""
+        epsilon = self.worst_case_epsilon(delta)
+        if self.worst_spans is None:
+            return epsilon
+        return float(min(epsilon, *tight_epsilon(self.worst_spans, delta)))
 
     def __repr__(self) -> str:
         rules = "+".join(self.charging)

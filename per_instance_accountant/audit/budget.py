@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,17 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from per_instance_accountant.accounting import Basis, ChargingRule, account
+from per_instance_accountant.accounting import Basis, ChargingRule, IndividualLoss, account
 from per_instance_accountant.audit.rounding import rounded_up
 from per_instance_accountant.audit.statement import statement_text
+from per_instance_accountant.divergence import DEFAULT_ORDERS
 from per_instance_accountant.errors import UsageError
 from per_instance_accountant.ledger import Ledger
 from per_instance_accountant.ledger.records import Phase
 
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
+_BYTES_PER_INSTANCE = 2 * 8 * len(DEFAULT_ORDERS) + 64
+"""The curve of an instance, its use, and what the fold keeps beside it."""
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
@@ -29,9 +32,10 @@ class BudgetAudit:
     """Individual budgets. Every epsilon is an upper bound on ``basis``; all values are as private as the
     data.
 
-    epsilon: (N,). ids: (N,) business ids. worst_case: epsilon that holds for everybody whatever their data
-    (CERTIFIED). groups: name -> (N,) labels. num_abandoned_steps: charged steps of branches that were not
-    continued.
+    epsilon: (N,). ids: (N,) business ids. worst_case: epsilon that holds for everybody whatever
+    their data (CERTIFIED), from Renyi divergences, as Opacus computes it; worst_case_tight: at most
+    that, from the law of the privacy loss itself. groups: name -> (N,) labels. num_abandoned_steps:
+    charged steps of branches that were not continued.
     """
 
     epsilon: NDArray[np.float64]
@@ -40,6 +44,7 @@ class BudgetAudit:
     charging: tuple[str, ...]
     delta: float
     worst_case: float
+    worst_case_tight: float
     num_steps: int
     num_abandoned_steps: int
     groups: Mapping[str, NDArray[Any]]
@@ -108,6 +113,7 @@ class BudgetAudit:
         levels = dict(zip(QUANTILES, self.quantiles().tolist(), strict=True))
         return {
             "privacy/epsilon_worst_case": self.worst_case,
+            "privacy/epsilon_worst_case_tight": self.worst_case_tight,
             **{f"privacy/epsilon_p{round(100 * q)}": value for q, value in levels.items()},
             "privacy/epsilon_max": float(self.epsilon.max()),
             "privacy/delta": self.delta,
@@ -126,6 +132,7 @@ class BudgetAudit:
             "basis": str(self.basis),
             "charging": list(self.charging),
             "epsilon_worst": self.worst_case,
+            "epsilon_worst_tight": self.worst_case_tight,
             "epsilon_quantiles": {
                 str(q): v for q, v in zip(QUANTILES, self.quantiles().tolist(), strict=True)
             },
@@ -168,7 +175,11 @@ def _inert(cell: Any) -> Any:
 
 
 def audit_budgets(
-    ledger: Ledger | str | os.PathLike[str], delta: float, charging: ChargingRule | None
+    ledger: Ledger | str | os.PathLike[str],
+    delta: float,
+    charging: ChargingRule | None,
+    tight: bool,
+    memory: int,
 ) -> BudgetAudit:
     """See :func:`per_instance_accountant.audit`."""
     ledger = Ledger.open(ledger)
@@ -179,17 +190,42 @@ def audit_budgets(
             "No guarantee exists for it",
             "audit(ledger, delta=1e-5)",
         )
-    loss = account(ledger, charging)
+    if not memory >= 1:
+        raise UsageError(
+            "PIA070",
+            f"memory is {memory!r} bytes, allowed is [1, inf)",
+            "Nothing was computed",
+            "audit(ledger, memory=2**30)",
+        )
+    size = ledger.num_instances
+    rows = max(memory // _BYTES_PER_INSTANCE, 1)
+    losses = (
+        account(ledger, charging, partition=(start, min(start + rows, size)))
+        for start in range(0, size, rows)
+    )
+    parts = [(_epsilons(loss, delta, tight), _without_curves(loss)) for loss in losses]
+    loss = parts[0][1]
     return BudgetAudit(
-        epsilon=loss.epsilon(delta),
-        ids=loss.ids,
+        epsilon=np.concatenate([epsilon for epsilon, _ in parts]),
+        ids=ledger.ids,
         basis=loss.basis,
         charging=loss.charging,
         delta=delta,
         worst_case=loss.worst_case_epsilon(delta),
+        worst_case_tight=loss.tight_worst_case_epsilon(delta) if tight else loss.worst_case_epsilon(delta),
         num_steps=loss.num_steps,
         num_abandoned_steps=ledger.num_abandoned_steps,
         groups=ledger.groups,
         phases=ledger.phases,
         digest=loss.digest,
     )
+
+
+def _epsilons(loss: IndividualLoss, delta: float, tight: bool) -> NDArray[np.float64]:
+    return loss.tight_epsilon(delta) if tight else loss.epsilon(delta)
+
+
+def _without_curves(loss: IndividualLoss) -> IndividualLoss:
+    """What is the same for every part, so that the curves of a part can go before the next one is
+    folded."""
+    return replace(loss, rdp=loss.rdp[:0], ids=loss.ids[:0], mu=None, spans=None)

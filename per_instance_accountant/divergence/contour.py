@@ -1,19 +1,21 @@
-"""Log moments of the privacy loss on a vertical line of the complex plane, with bounds on what is not tabulated.
+"""Log moments of the privacy loss on a vertical line of the complex plane, with bounds on what is
+not tabulated.
 
-One Poisson-sampled Gaussian step has the loss ``X = log r(z)``, ``r(z) = 1 - q + q exp(a z - a^2 / 2)``, drawn from
-the mixture ("remove"), or ``X = -log r(z)``, z ~ N(0, 1) ("add"). With ``beta = 1 + s`` and ``beta = -s``
+One Poisson-sampled Gaussian step has the loss ``X = log r(z)``, ``r(z) = 1 - q + q exp(a z - a^2 /
+2)``, drawn from the mixture ("remove"), or ``X = -log r(z)``, z ~ N(0, 1) ("add"). With ``beta = 1 +
+s`` and ``beta = -s``
 
     phi(s) = E exp(s X) = E r(z)^beta,   z ~ N(0, 1).
 
-On the line ``s = c + i w`` the law with density ``exp(c X) / phi(c)`` (the tilted law) has the characteristic function
-``phi(c + i w) / phi(c)``. Derivations: docs/math/tight_epsilon.md.
+On the line ``s = c + i w`` the law with density ``exp(c X) / phi(c)`` (the tilted law) has the
+characteristic function ``phi(c + i w) / phi(c)``. Derivations: docs/math/tight_epsilon.md.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +25,8 @@ Floats = NDArray[np.float64]
 UNIT: Final = float(np.finfo(np.float64).eps) / 2
 _REACH: Final = 9.5
 _CUT: Final = 45.0
-"""Terms below ``exp(-_CUT)`` of the largest are dropped, and windows end where the integrand is that small."""
+"""Terms below ``exp(-_CUT)`` of the largest are dropped, and windows end where the integrand is that
+small."""
 _ACCURACY: Final = 40.0
 """The strip bound of the quadrature error is kept below ``exp(-_ACCURACY)``."""
 _WINDOWS: Final = np.array([0.0, 1.0, 4.0, 12.0])
@@ -38,10 +41,11 @@ _LOG_SQRT_2PI: Final = 0.5 * math.log(2 * math.pi)
 class Line:
     """Tables on ``s = abscissa + i spacing m``, ``m = 0 .. n - 1``, one row for each of k levels.
 
-    log_moment: (k, n) complex, ``log phi(s)``. error: (k,) bound of ``|phi computed - phi| / phi(abscissa)`` at
-    every node. second, fourth: (k, v), LOWER and UPPER bound of ``E[g g' Y^2]`` and ``E[g g' Y^4]``, Y the
-    difference of two independent draws of the tilted loss, g one of v windows. log_variation: (k,) upper bound
-    of the logarithm of the total variation of the density of the tilted loss.
+    log_moment: (k, n) complex, ``log phi(s)``. error: (k,) bound of ``|phi computed - phi| /
+    phi(abscissa)`` at every node. second, fourth: (k, v), LOWER and UPPER bound of ``E[g g' Y^2]``
+    and ``E[g g' Y^4]``, Y the difference of two independent draws of the tilted loss, g one of v
+    windows. log_variation: (k,) upper bound of the logarithm of the total variation of the density
+    of the tilted loss.
     """
 
     abscissa: float
@@ -55,14 +59,17 @@ class Line:
     @property
     def nodes(self) -> NDArray[np.complex128]:
         """(n,) points s."""
-        return self.abscissa + 1j * self.spacing * np.arange(self.log_moment.shape[1])
+        return np.asarray(
+            self.abscissa + 1j * self.spacing * np.arange(self.log_moment.shape[1]), np.complex128
+        )
 
     def log_decay(self, edges: Floats) -> Floats:
-        """(k, g): upper bounds, at most 0, of ``log |phi(c + i w) / phi(c)|`` for ``w`` in ``[edges[j], edges[j+1]]``.
+        """(k, g): upper bounds, at most 0, of ``log |phi(c + i w) / phi(c)|`` for ``w`` in
+        ``[edges[j], edges[j+1]]``.
 
         edges: (g + 1,) rising, above 0; the last may be inf.
-        ``1 - |phi / phi(c)|^2 = E[1 - cos(w Y)] >= E[g g' (w^2 Y^2 / 2 - w^4 Y^4 / 24)]``, concave in w^2, so its
-        least value on an interval is at an end; and ``|phi / phi(c)| <= variation / w``.
+        ``1 - |phi / phi(c)|^2 = E[1 - cos(w Y)] >= E[g g' (w^2 Y^2 / 2 - w^4 Y^4 / 24)]``, concave
+        in w^2, so its least value on an interval is at an end; and ``|phi / phi(c)| <= variation / w``.
         """
         square = edges * edges
         with np.errstate(all="ignore"):
@@ -70,12 +77,17 @@ class Line:
             gain = np.where(np.isfinite(gain), gain, -np.inf)
             least = np.minimum(gain[:, :, :-1], gain[:, :, 1:]).max(axis=1)
             smooth = 0.5 * np.log1p(-np.clip(least, 0.0, 1 - 1e-9))
-        return np.asarray(np.minimum(smooth, np.minimum(self.log_variation[:, None] - np.log(edges[:-1]), 0.0)))
+        return np.asarray(
+            np.minimum(smooth, np.minimum(self.log_variation[:, None] - np.log(edges[:-1]), 0.0))
+        )
 
 
 @np.errstate(all="ignore")
-def tabulate(rates: Floats, ratios: Floats, abscissa: float, spacing: float, count: int, *, add: bool) -> Line:
-    """The tables of k levels; rates (k,) in (0, 1], ratios (k,) in (0, inf), abscissa and spacing above 0."""
+def tabulate(
+    rates: Floats, ratios: Floats, abscissa: float, spacing: float, count: int, *, add: bool
+) -> Line:
+    """The tables of k levels; rates (k,) in (0, 1], ratios (k,) in (0, inf), abscissa and spacing
+    above 0."""
     size, windows = ratios.size, _WINDOWS.size
     log_moment = np.zeros((size, count), dtype=np.complex128)
     error, log_variation = np.full(size, np.inf), np.full(size, np.inf)
@@ -113,27 +125,35 @@ def tabulate(rates: Floats, ratios: Floats, abscissa: float, spacing: float, cou
 
 
 def _fill(
-    q: float, ratios: Floats, rows: NDArray[np.intp], line: tuple[float, float, bool], tables: tuple[Floats, ...]
+    q: float,
+    ratios: Floats,
+    rows: NDArray[np.intp],
+    line: tuple[float, float, bool],
+    tables: tuple[NDArray[Any], ...],
 ) -> None:
-    """Tabulate the rows, whose ratios are within a factor of 2 of each other, in blocks on one lattice each."""
+    """Tabulate the rows, whose ratios are within a factor of 2 of each other, in blocks on one
+    lattice each."""
     abscissa, spacing, add = line
     count = tables[0].shape[1]
     lattice = _lattice(q, float(ratios[rows].max()), abscissa, spacing * (count - 1), add)
     if lattice is None:
         return
     factors = math.ceil(math.sqrt(count))
-    for block in np.array_split(rows, min(rows.size, math.ceil(rows.size * lattice[0].size * factors / _BLOCK))):
+    for block in np.array_split(
+        rows, min(rows.size, math.ceil(rows.size * lattice[0].size * factors / _BLOCK))
+    ):
         values = _block(q, ratios[block], abscissa, spacing, count, lattice, add)
         for table, value in zip(tables, values, strict=True):
             table[block] = value
 
 
 def _lattice(q: float, a: float, c: float, top: float, add: bool) -> tuple[Floats, Floats, Floats] | None:
-    """Nodes in z for ratios up to ``a`` and frequencies up to ``top``; log errors and heights of the strips used.
+    """Nodes in z for ratios up to ``a`` and frequencies up to ``top``; log errors and heights of the
+    strips used.
 
-    In the strip ``|Im z| = y < pi / a`` the modulus of the integrand is at most ``exp(y^2 / 2 + w a y)`` times its
-    value on the axis, and ``cos(a y / 2)^-c`` times that for "add"; the error of the trapezoidal rule is at most
-    twice that over ``exp(2 pi y / step) - 1``.
+    In the strip ``|Im z| = y < pi / a`` the modulus of the integrand is at most ``exp(y^2 / 2 + w a
+    y)`` times its value on the axis, and ``cos(a y / 2)^-c`` times that for "add"; the error of the
+    trapezoidal rule is at most twice that over ``exp(2 pi y / step) - 1``.
     """
     y = min(0.95 * math.pi / a, 8.0) * np.linspace(0.02, 1, 50)
     growth = math.log(2.01) + y * y / 2 - (c * np.log(np.cos(a * y / 2)) if add else 0.0)
@@ -148,11 +168,17 @@ def _lattice(q: float, a: float, c: float, top: float, add: bool) -> tuple[Float
     z = np.arange(math.floor(low / step), math.ceil(high / step) + 1) * step
     strip = growth + _WINDOWS[:, None] * y * y / 2 - 2 * math.pi * y / step
     best = strip.argmin(axis=1)
-    return z, strip[np.arange(_WINDOWS.size), best], y[best]
+    return np.asarray(z, np.float64), strip[np.arange(_WINDOWS.size), best], np.asarray(y[best])
 
 
 def _block(
-    q: float, a: Floats, c: float, spacing: float, count: int, lattice: tuple[Floats, Floats, Floats], add: bool
+    q: float,
+    a: Floats,
+    c: float,
+    spacing: float,
+    count: int,
+    lattice: tuple[Floats, Floats, Floats],
+    add: bool,
 ) -> tuple[NDArray[np.complex128], Floats, Floats, Floats, Floats]:
     """log_moment, error, second, fourth, log_variation of ratios a (b,)."""
     beta = -c if add else 1 + c
@@ -232,8 +258,8 @@ def _log_variation(q: float, a: Floats, power: float, base: Floats) -> Floats:
     """Upper bound of the log total variation of the density of the tilted loss, (b,).
 
     The density at ``X(z)`` is ``phi(z) r^beta / (phi(c) |dX/dz|)``, its logarithm up to constants
-    ``power log r - z^2 / 2 - a z`` with ``power = beta + 1``; stationary points lie between -a and (power - 1) a, at
-    most two of them are maxima, and only one if ``power a^2 <= 4``.
+    ``power log r - z^2 / 2 - a z`` with ``power = beta + 1``; stationary points lie between -a and
+    (power - 1) a, at most two of them are maxima, and only one if ``power a^2 <= 4``.
     """
     z = -a[:, None] + (power * a)[:, None] * np.linspace(0, 1, 129)
     y = a[:, None] * z - (a * a / 2)[:, None]

@@ -1,10 +1,12 @@
-"""Certified tails: upper bounds of delta on a vertical line, and the search for the line and for epsilon.
+"""Certified tails: upper bounds of delta on a vertical line, and the search for the line and for
+epsilon.
 
-    delta(epsilon) = 1 / (2 pi i) int_{Re s = c} M(s) exp(-epsilon s) / (s (s + 1)) ds,   log M = sum_j counts_j log phi_j
+    delta(epsilon) = 1 / (2 pi i) int_{Re s = c} M(s) exp(-epsilon s) / (s (s + 1)) ds,   log M =
+    sum_j counts_j log phi_j
 
-for every c > 0. A :class:`Tail` is the trapezoidal sum of the integral, which errs upwards, plus bounds of all that the
-sum and the tables leave out (docs/math/tight_epsilon.md). Which line and how many nodes are used decides how tight the
-bound is, never whether it holds.
+for every c > 0. A :class:`Tail` is the trapezoidal sum of the integral, which errs upwards, plus
+bounds of all that the sum and the tables leave out (docs/math/tight_epsilon.md). Which line and how
+many nodes are used decides how tight the bound is, never whether it holds.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ _FEW_LEVELS: Final = 24
 _ATTEMPTS: Final = 10
 _WASTE: Final = 4e-6
 _ALIAS: Final = 3e-5
-"""A bound is tight enough when what was added changed it, and an alias delta, by no more than this, relatively."""
+"""A bound is tight enough when what was added changed it, and an alias delta, by no more than this,
+relatively."""
 _HUGE: Final = 1e300
 
 
@@ -56,7 +59,8 @@ class Tail:
     added: Floats
 
     def at(self, epsilon: Floats) -> tuple[Floats, Floats, Floats]:
-        """log delta, its slope in epsilon, and the share of delta that was added; epsilon (n,), each (n,)."""
+        """log delta, its slope in epsilon, and the share of delta that was added; epsilon (n,), each
+        (n,)."""
         angle = epsilon[:, None] * self.frequencies
         cosine, sine = np.cos(angle), np.sin(angle)
         real, imaginary = self.amplitude.real, self.amplitude.imag
@@ -72,7 +76,9 @@ class Tail:
         return replace(self, amplitude=amplitude, log_scale=log_scale, added=np.zeros(log_scale.size))
 
 
-def make_tail(counts: Floats, levels: Levels, abscissa: float, depth: float, effort: int, *, add: bool) -> Tail:
+def make_tail(
+    counts: Floats, levels: Levels, abscissa: float, depth: float, effort: int, *, add: bool
+) -> Tail:
     """The bound on one line for runs with counts (n, k); depth: about ``-log delta``; effort: 0 .. 3."""
     count = _NODES[effort]
     if effort >= 2:
@@ -108,15 +114,19 @@ def _line(rates: bytes, ratios: bytes, abscissa: float, spacing: float, nodes: i
 
 @lru_cache(maxsize=8)
 def _ladder(rates: bytes, ratios: bytes, add: bool) -> Floats:
-    """(k, rungs): upper bounds of the log moments at the abscissas, ``_HUGE`` where they are not computed."""
+    """(k, rungs): upper bounds of the log moments at the abscissas, ``_HUGE`` where they are not
+    computed."""
     levels = np.frombuffer(rates), np.frombuffer(ratios)
     lines = [tabulate(*levels, float(c), float(c), 1, add=add) for c in _LADDER]
     values = [line.log_moment[:, 0].real * (1 + 1e-13) + line.error for line in lines]
     return np.clip(np.nan_to_num(np.stack(values, axis=1), nan=_HUGE, posinf=_HUGE), 0.0, _HUGE)
 
 
-def smallest_epsilon(counts: Floats, rates: Floats, ratios: Floats, start: Floats, log_delta: float) -> Floats:
-    """(n,) certified epsilons at most ``start``, inf where none was found; the larger of both directions."""
+def smallest_epsilon(
+    counts: Floats, rates: Floats, ratios: Floats, start: Floats, log_delta: float
+) -> Floats:
+    """(n,) certified epsilons at most ``start``, inf where none was found; the larger of both
+    directions."""
     depth, floor = np.full_like(start, -log_delta), np.zeros_like(start)
     for add in (False, True):
         search = _Search(counts, (rates, ratios), depth, add=add)
@@ -160,12 +170,13 @@ def tail_delta(counts: Floats, rates: Floats, ratios: Floats, start: Floats, eps
 def _saddle(moments: Floats, epsilon: Floats) -> NDArray[np.int64]:
     """Rung at which ``M(c) exp(-c epsilon) / (c (c + 1))`` is smallest, (n,)."""
     exponent = moments - epsilon[:, None] * _LADDER - np.log(_LADDER * (_LADDER + 1))
-    return exponent.argmin(axis=1)
+    return np.asarray(exponent.argmin(axis=1), np.int64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Found:
-    """What one line gave, (n,) each: certified value or inf, the epsilon it is about (inf: unknown), waste."""
+    """What one line gave, (n,) each: certified value or inf, the epsilon it is about (inf: unknown),
+    waste."""
 
     value: Floats
     epsilon: Floats
@@ -221,7 +232,7 @@ class _Search:
         """Upper bound of the first alias on the right relative to delta."""
         far = np.where(np.isfinite(found.epsilon), found.epsilon, 0.0) + tail.period
         log_far = (self.moments[rows] - far[:, None] * _LADDER + _CHERNOFF).min(axis=1)
-        return np.exp(np.minimum(log_far + tail.abscissa * tail.period - found.log_delta, 50.0))
+        return np.asarray(np.exp(np.minimum(log_far + tail.abscissa * tail.period - found.log_delta, 50.0)))
 
 
 Solve = Callable[[Tail, NDArray[np.intp]], _Found]
@@ -249,7 +260,9 @@ def _invert(tail: Tail, start: Floats, floor: Floats, log_delta: float) -> tuple
         log_value, slope, share = tail.at(epsilon)
         log_value = log_value + 1e-11
         holds = (log_value <= log_delta) & (epsilon <= certified)
-        raised = -np.log1p(-np.minimum(share, 1 - 1e-9)) / np.maximum(-slope, 1e-9) / np.maximum(epsilon, 1e-4)
+        raised = (
+            -np.log1p(-np.minimum(share, 1 - 1e-9)) / np.maximum(-slope, 1e-9) / np.maximum(epsilon, 1e-4)
+        )
         certified, waste = np.where(holds, epsilon, certified), np.where(holds, raised, waste)
         low, high = np.where(holds, low, np.maximum(low, epsilon)), np.where(holds, epsilon, high)
         free |= holds & (epsilon <= floor)

@@ -2,11 +2,12 @@
 
 With M(s) = E exp(s X), X the privacy loss of the whole run, c > 0 and any epsilon,
 
-    delta(epsilon) = 1 / (2 pi i) int_{Re s = c} M(s) exp(-epsilon s) / (s (s + 1)) ds,   log M = sum_j counts_j log phi_j.
+    delta(epsilon) = 1 / (2 pi i) int_{Re s = c} M(s) exp(-epsilon s) / (s (s + 1)) ds,   log M =
+    sum_j counts_j log phi_j.
 
 The trapezoidal rule errs upwards; what its truncation and the tables may lack is bounded and added
-(docs/math/tight_epsilon.md). So every evaluation is a certified upper bound of delta, and an epsilon is returned only
-after the bound at that very epsilon was seen not to exceed the delta asked for.
+(docs/math/tight_epsilon.md). So every evaluation is a certified upper bound of delta, and an epsilon
+is returned only after the bound at that very epsilon was seen not to exceed the delta asked for.
 """
 
 from __future__ import annotations
@@ -72,23 +73,25 @@ def _checked(sample_rate: ArrayLike, ratios: ArrayLike, counts: ArrayLike) -> tu
     costly = (r > 0) & (rates > 0)
     infinite = (n[:, costly & np.isinf(r)] > 0).any(axis=1)
     used = costly & np.isfinite(r) & (n > 0).any(axis=0)
-    return _Runs(counts=n[:, used], rates=rates[used], ratios=r[used], infinite=infinite), single
+    return _Runs(counts=n[:, used], rates=rates[used], ratios=r[used], infinite=np.asarray(infinite)), single
 
 
 @np.errstate(all="ignore")
 def sampled_gaussian_epsilon(
     sample_rate: ArrayLike, ratios: ArrayLike, counts: ArrayLike, delta: float
 ) -> float | Floats:
-    """Tight upper bound of epsilon at ``delta`` for many runs of sampled Gaussian steps, both directions.
+    """Tight upper bound of epsilon at ``delta`` for many runs of sampled Gaussian steps, both
+    directions.
 
-    sample_rate: in [0, 1], one number or (k,). ratios: (k,) sensitivity / noise std in [0, inf]. counts: (n, k) or
-    (k,), whole numbers: run i takes ``counts[i, j]`` steps at level j, in any order. Returns (n,) or a float.
-    Never below the exact value of either direction (add, remove), never above the conversion of the run's RDP;
-    usually within 1e-5 of the exact value. Exact (Balle and Wang 2018) where every step is unsampled.
-    Our derivation, docs/math/tight_epsilon.md. Raises UsageError PIA070 or PIA071.
+    sample_rate: in [0, 1], one number or (k,). ratios: (k,) sensitivity / noise std in [0, inf].
+    counts: (n, k) or (k,), whole numbers: run i takes ``counts[i, j]`` steps at level j, in any
+    order. Returns (n,) or a float. Never below the exact value of either direction (add, remove),
+    never above the conversion of the run's RDP; usually within 1e-5 of the exact value. Exact (Balle
+    and Wang 2018) where every step is unsampled. Our derivation, docs/math/tight_epsilon.md. Raises
+    UsageError PIA070 or PIA071.
 
     >>> round(sampled_gaussian_epsilon(0.02, [0.5, 1.0], [600, 400], 1e-5), 4)
-    1.8
+    2.7178
     """
     runs, single = _checked(sample_rate, ratios, counts)
     probability = as_probability(delta)
@@ -101,7 +104,7 @@ def sampled_gaussian_epsilon(
         log_delta = math.log(probability)
         best = _by_rdp(runs, lambda rdp: rdp_to_epsilon(_ORDERS, rdp, probability))
         best = np.minimum(best, gaussian_epsilon(runs.mu, probability))
-        result = _improved(runs, best, lambda *levels: smallest_epsilon(*levels, log_delta))
+        result = _improved(runs, best, lambda n, q, r, start: smallest_epsilon(n, q, r, start, log_delta))
     if probability < 1:
         result = np.where(runs.infinite, np.inf, np.where(costs, result, 0.0))
     return float(result[0]) if single else result
@@ -111,9 +114,10 @@ def sampled_gaussian_epsilon(
 def sampled_gaussian_delta(
     sample_rate: ArrayLike, ratios: ArrayLike, counts: ArrayLike, epsilon: float
 ) -> float | Floats:
-    """Tight upper bound of delta at ``epsilon`` in [0, inf], in [0, 1]; see :func:`sampled_gaussian_epsilon`.
+    """Tight upper bound of delta at ``epsilon`` in [0, inf], in [0, 1]; see
+    :func:`sampled_gaussian_epsilon`.
 
-    >>> round(sampled_gaussian_delta(0.02, [0.5, 1.0], [600, 400], 1.8), 6)
+    >>> round(sampled_gaussian_delta(0.02, [0.5, 1.0], [600, 400], 2.717754), 8)
     1e-05
     """
     runs, single = _checked(sample_rate, ratios, counts)
@@ -126,7 +130,7 @@ def sampled_gaussian_delta(
     else:
         best = _by_rdp(runs, lambda rdp: rdp_to_delta(_ORDERS, rdp, target))
         best = np.minimum(best, gaussian_delta(runs.mu, target))
-        result = _improved(runs, best, lambda *levels: tail_delta(*levels, target))
+        result = _improved(runs, best, lambda n, q, r, start: tail_delta(n, q, r, start, target))
     result = np.where(runs.infinite, 1.0, np.where(costs, result, 0.0))
     return float(result[0]) if single else result
 

@@ -1,0 +1,83 @@
+"""Runs as spans of equal steps, and the levels to which their ratios are rounded up for the tight
+epsilon."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from per_instance_accountant.divergence import sampled_gaussian_epsilon
+
+Floats = NDArray[np.float64]
+
+_LEVELS: Final = 192
+_BINS: Final = 8192
+_DECADES: Final = 4.0
+"""Ratios below 10^-_DECADES of the largest share one level."""
+_CHUNK: Final = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Span:
+    """``steps`` steps of one mechanism: sample rate, and the sensitivity ratio of every instance,
+    (n,) float32."""
+
+    steps: int
+    sample_rate: float
+    ratios: NDArray[np.float32]
+
+
+def tight_epsilon(spans: tuple[Span, ...], delta: float) -> Floats:
+    """(n,) upper bounds of epsilon of n instances whose bounds were all fixed before the run.
+
+    Ratios are rounded UP to at most 192 levels per sample rate, chosen where ratios are dense.
+    Bounds that were chosen during the run do not belong here (docs/math/tight_epsilon.md).
+
+    >>> span = Span(steps=1000, sample_rate=0.02, ratios=np.array([0.0, 0.5, 1.0], np.float32))
+    >>> tight_epsilon((span,), 1e-5).round(3).tolist()
+    [0.0, 1.33, 3.899]
+    """
+    size = spans[0].ratios.size if spans else 0
+    rates = sorted({span.sample_rate for span in spans})
+    grids = [_levels([span for span in spans if span.sample_rate == rate]) for rate in rates]
+    starts = np.cumsum([0, *(grid.size for grid in grids)])
+    all_rates = np.repeat(rates, [grid.size for grid in grids])
+    all_levels = np.concatenate(grids) if grids else np.empty(0)
+    result = np.empty(size)
+    for start in range(0, size, _CHUNK):
+        part = slice(start, min(start + _CHUNK, size))
+        counts = np.zeros((part.stop - start, all_levels.size))
+        rows = np.arange(counts.shape[0])
+        for span in spans:
+            which = rates.index(span.sample_rate)
+            counts[rows, starts[which] + np.searchsorted(grids[which], span.ratios[part])] += span.steps
+        result[part] = sampled_gaussian_epsilon(all_rates, all_levels, counts, delta)
+    return result
+
+
+def _levels(spans: list[Span]) -> Floats:
+    """Rising levels that reach the largest ratio: all ratios if they are few, else spaced by their
+    density.
+
+    Rounding up costs about the local gap; for a given number of levels the mean relative cost is
+    least where the density of the levels is the square root of the density of the ratios, both on
+    the logarithmic scale.
+    """
+    distinct = np.unique(np.concatenate([np.unique(span.ratios) for span in spans])).astype(np.float64)
+    finite = distinct[np.isfinite(distinct)]
+    if finite.size <= _LEVELS or finite[-1] == 0:
+        return distinct
+    top = finite[-1]
+    edges = top * 10.0 ** np.linspace(-_DECADES, 0, _BINS + 1)
+    mass = np.zeros(_BINS)
+    for span in spans:
+        mass += span.steps * np.histogram(span.ratios[np.isfinite(span.ratios)], bins=edges)[0]
+    # Smoothed, so that a lone value does not claim a level of its own.
+    mass = np.convolve(mass, np.ones(65), mode="same")
+    share = np.cumsum(np.sqrt(mass))
+    wanted = share[-1] * np.arange(1, _LEVELS) / (_LEVELS - 1)
+    inner = edges[1:][np.minimum(np.searchsorted(share, wanted), _BINS - 1)]
+    return np.unique(np.concatenate([distinct[:1], edges[:1], inner, [top], distinct[finite.size :]]))
