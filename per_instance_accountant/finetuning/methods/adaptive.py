@@ -84,12 +84,8 @@ class StepCalibration:
     steps: Whole
 
     def __post_init__(self) -> None:
-        ordered = self.losses.ndim == 1 and self.losses.shape == self.steps.shape and self.losses.size > 0
-        if (
-            not ordered
-            or not (np.diff(_losses(self.losses)) > 0).all()
-            or not (np.diff(self.steps) >= 0).all()
-        ):
+        fits = self.losses.shape == self.steps.shape and bool((np.diff(self.steps) >= 0).all())
+        if not fits or not (np.diff(_losses(self.losses)) > 0).all():
             raise UsageError(
                 "PIA070",
                 "losses do not increase, or steps fall",
@@ -114,7 +110,7 @@ def calibrate(losses: ArrayLike, gaps: ArrayLike, at: ArrayLike, tolerance: floa
     if not within[:, -1].all():
         raise UsageError(
             "PIA070",
-            f"{int((~within[:, -1]).sum())} requests are not within {tolerance} after the last number of steps",
+            f"{int((~within[:, -1]).sum())} requests are not within {tolerance} after the last step",
             "No number of steps is known for them",
             "calibrate(losses, gaps, at, tolerance) with more steps or a larger tolerance",
         )

@@ -48,8 +48,8 @@ Objective = Callable[[Weights, int], Tensor]
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Task:
     """What a method is given. forget, retain: with the leading dimension of models. counts: adversarial
-    examples per instance, (n,) or (K, n), None for the same number each. original: the models that adversarial
-    examples are made on, None for ``models``."""
+    examples per instance, (n,) or (K, n), None for the same number each. original: models to make
+    adversarial examples on, None for ``models``."""
 
     models: Ensemble
     forget: Instances
