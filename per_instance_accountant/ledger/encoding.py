@@ -18,7 +18,17 @@ from numpy.typing import NDArray
 
 from per_instance_accountant.errors import UsageError
 from per_instance_accountant.ledger import frames
-from per_instance_accountant.ledger.records import Event, Phase, Resume, Run, Step, Thresholds
+from per_instance_accountant.ledger.records import (
+    FAMILIES,
+    Drop,
+    Event,
+    Filter,
+    Phase,
+    Resume,
+    Run,
+    Step,
+    Thresholds,
+)
 
 MAX_METADATA: Final = 1 << 20
 MAX_RUN: Final = 1 << 30
@@ -30,6 +40,8 @@ _SOURCES: Final = ("fixed", "sweep", "forget")
 _GROUP: Final = "group:"
 _U32: Final = struct.Struct("<I")
 _NUMBERS: Final = {entry.name for entry in fields(Phase) if entry.type == "float"}
+_LATER: Final = "projection_radius"
+"""Field of a phase that earlier versions did not have: written only where it is stated."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +61,8 @@ def payload_limit(kind: int, num_instances: int) -> int:
         frames.MARK: 0,
         frames.THRESHOLDS: _U32.size + 4 * num_instances,
         frames.STEP: 8 * num_instances,
+        frames.FILTER: _U32.size + 16 * num_instances,
+        frames.DROP: 4 * num_instances,
     }
     return limits.get(kind, -1)
 
@@ -92,16 +106,20 @@ def _decode_thresholds(payload: bytes, num_instances: int) -> Thresholds:
 
 def _encode_phase(phase: Phase, num_instances: int) -> bytes:
     content = {name: float(v) if name in _NUMBERS else v for name, v in asdict(phase).items()}
+    radius = content.pop(_LATER)
+    content |= {} if radius is None else {_LATER: float(radius)}
     return canonical_json(content, "Phase", MAX_METADATA)
 
 
 def _decode_phase(payload: bytes, num_instances: int) -> Phase:
-    content = _strict_json(payload, {entry.name for entry in fields(Phase)})
+    names = {entry.name for entry in fields(Phase)}
+    content = _strict_json(payload, names if f'"{_LATER}":'.encode() in payload else names - {_LATER})
+    radius = float(content.pop(_LATER)) if _LATER in content else None
     if not all(isinstance(v, int | float if name in _NUMBERS else str | None) for name, v in content.items()):
         raise TypeError("a field of a phase has another type")
     # JSON has one number type; a rate of 1.0 is written as 1.
     restored: dict[str, Any] = {name: float(v) if name in _NUMBERS else v for name, v in content.items()}
-    return Phase(**restored)
+    return Phase(**restored, projection_radius=radius)
 
 
 def _encode_resume(event: Resume, num_instances: int) -> bytes:
@@ -112,17 +130,44 @@ def _decode_resume(payload: bytes, num_instances: int) -> Resume:
     return Resume(**_strict_json(payload, {"at_step"}))
 
 
+def _encode_filter(event: Filter, num_instances: int) -> bytes:
+    columns = event.orders.astype("<f8", copy=False).tobytes() + event.budgets.astype("<f8").tobytes()
+    return _U32.pack(FAMILIES.index(event.family)) + columns
+
+
+def _decode_filter(payload: bytes, num_instances: int) -> Filter:
+    if len(payload) != _U32.size + 16 * num_instances:
+        raise ValueError("not one order and one budget per instance")
+    columns = np.frombuffer(payload, "<f8", 2 * num_instances, _U32.size).astype(np.float64, copy=False)
+    orders, budgets = columns.reshape(2, num_instances)
+    return Filter(family=FAMILIES[_U32.unpack_from(payload)[0]], orders=orders, budgets=budgets)
+
+
+def _encode_drop(event: Drop, num_instances: int) -> bytes:
+    return event.positions.astype("<u4").tobytes()
+
+
+def _decode_drop(payload: bytes, num_instances: int) -> Drop:
+    positions = np.frombuffer(payload, "<u4").astype(np.int64)
+    positions.flags.writeable = False
+    return Drop(positions=positions)
+
+
 _ENCODERS: Final[dict[type, tuple[int, Any]]] = {
     Phase: (frames.PHASE, _encode_phase),
     Thresholds: (frames.THRESHOLDS, _encode_thresholds),
     Step: (frames.STEP, _encode_step),
     Resume: (frames.RESUME, _encode_resume),
+    Filter: (frames.FILTER, _encode_filter),
+    Drop: (frames.DROP, _encode_drop),
 }
 _DECODERS: Final[dict[int, Any]] = {
     frames.PHASE: _decode_phase,
     frames.THRESHOLDS: _decode_thresholds,
     frames.STEP: _decode_step,
     frames.RESUME: _decode_resume,
+    frames.FILTER: _decode_filter,
+    frames.DROP: _decode_drop,
 }
 
 

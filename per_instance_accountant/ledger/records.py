@@ -15,6 +15,8 @@ from per_instance_accountant.errors import UsageError
 SAMPLING = ("poisson", "shuffled")
 """How batches were drawn. Only ``"poisson"`` gives amplification; ``sample_rate=1`` is full batch."""
 KINDS = ("train", "unlearn")
+FAMILIES = ("renyi", "gaussian")
+"""What a filter adds up: one step's Renyi divergence at an order, or its squared sensitivity ratio."""
 RULES = ("worst_case", "fixed_thresholds", "sweep", "unamplified", "last_seen")
 
 
@@ -72,6 +74,8 @@ class Phase:
     grad_sample_mode: str = "hooks"
     plan_digest: str | None = None
     """Digest of the plan that an ``unlearn`` phase carries out."""
+    projection_radius: float | None = None
+    """Before each step the parameters, all together, are projected onto the ball of this radius about 0."""
 
     def __post_init__(self) -> None:
         _require(self.kind in KINDS, "kind", self.kind, str(KINDS))
@@ -84,6 +88,8 @@ class Phase:
         for name in ("max_grad_norm", "denominator"):
             value = getattr(self, name)
             _require(math.isfinite(value) and value > 0, name, value, "(0, inf)")
+        radius = self.projection_radius
+        _require(radius is None or 0 < radius < math.inf, "projection_radius", radius, "(0, inf)")
 
     @property
     def amplification_rate(self) -> float:
@@ -125,6 +131,39 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Filter:
+    """Stated before the first step: an instance leaves before the training step that would exceed its budget.
+
+    family ``"renyi"``: instance i's Renyi divergences at ``orders[i]`` add up to at most ``budgets[i]`` nats.
+    ``"gaussian"``: its squared sensitivity ratios, without amplification by sampling, add up to at most
+    ``budgets[i]``; the orders are 2 then, where the two sums agree. orders, budgets: (N,) float64.
+    """
+
+    family: str
+    orders: NDArray[np.float64]
+    budgets: NDArray[np.float64]
+
+    def __post_init__(self) -> None:
+        _require(self.family in FAMILIES, "family", self.family, str(FAMILIES))
+        for name, low in (("orders", 1.0), ("budgets", 0.0)):
+            values = getattr(self, name)
+            ok = values.dtype == np.float64 and values.ndim == 1 and values.shape == self.orders.shape
+            _require(ok, name, f"{values.dtype} with shape {values.shape}", "a float64 vector")
+            bad = ~(np.isfinite(values) & (values > low))
+            _require(not bad.any(), name, f"{int(bad.sum())} entries outside", f"({low:g}, inf)")
+        ok = self.family == "renyi" or bool((self.orders == 2).all())
+        _require(ok, "orders", "other than 2 for a Gaussian filter", "2")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drop:
+    """From the next step on these instances contribute nothing, for good, also across a Resume: the next step
+    would have exceeded their budget. positions: (k,) int64, distinct, k >= 1."""
+
+    positions: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Resume:
     """A writer continued from a checkpoint taken after ``at_step`` steps (``at_step`` below the steps
     recorded so far means that the later ones were abandoned; they stay charged)."""
@@ -132,4 +171,4 @@ class Resume:
     at_step: int
 
 
-Event = Phase | Thresholds | Step | Resume
+Event = Phase | Thresholds | Step | Resume | Filter | Drop

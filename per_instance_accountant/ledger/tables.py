@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 
 _ROWS: Final = 1 << 17
 """Rows after which a batch is handed on."""
-_PHASE_TYPES: Final = {"str": pa.string(), "float": pa.float64(), "str | None": pa.string()}
+_PHASE_TYPES: Final = {
+    "str": pa.string(),
+    "float": pa.float64(),
+    "str | None": pa.string(),
+    "float | None": pa.float64(),
+}
 _PHASE_SCHEMA: Final = pa.schema([(entry.name, _PHASE_TYPES[str(entry.type)]) for entry in fields(Phase)])
 _STEP_SCHEMA: Final = pa.schema(
     [

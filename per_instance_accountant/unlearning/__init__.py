@@ -7,22 +7,26 @@ from per_instance_accountant.unlearning.assumptions import (
     softmax_regression,
 )
 from per_instance_accountant.unlearning.certificate import Certificate
+from per_instance_accountant.unlearning.everyone import EveryoneSteps, plan_everyone
 from per_instance_accountant.unlearning.issuing import issue
 from per_instance_accountant.unlearning.plan_file import InstanceSteps, UnlearningPlan
-from per_instance_accountant.unlearning.planner import plan
+from per_instance_accountant.unlearning.planner import geometric_grid, plan
 from per_instance_accountant.unlearning.verification import Check, VerificationReport, verify
 
 __all__ = [
     "Assumptions",
     "Certificate",
     "Check",
+    "EveryoneSteps",
     "InstanceSteps",
     "UnlearningPlan",
     "VerificationReport",
     "bounds",
+    "geometric_grid",
     "issue",
     "logistic_regression",
     "plan",
+    "plan_everyone",
     "softmax_regression",
     "verify",
 ]

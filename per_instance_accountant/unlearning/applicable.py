@@ -11,11 +11,14 @@ import numpy as np
 
 from per_instance_accountant.divergence import DEFAULT_ORDERS
 from per_instance_accountant.unlearning.assumptions import Array, Assumptions, contraction_factors
+from per_instance_accountant.unlearning.bounds.bounded_domain import BoundedDomain, batch_sizes
+from per_instance_accountant.unlearning.bounds.clipped_gradients import ClippedGradients
 from per_instance_accountant.unlearning.bounds.contractive import Contractive, contractive_from
 from per_instance_accountant.unlearning.bounds.data_processing import DataProcessing, data_processing_from
+from per_instance_accountant.unlearning.bounds.fixed_lsi import FixedLsi
 from per_instance_accountant.unlearning.bounds.interface import Bound, Measure, Tail
 from per_instance_accountant.unlearning.bounds.schedule import Schedule
-from per_instance_accountant.unlearning.bounds.shifted_lsi import ShiftedLsi, orders_below, tabulated
+from per_instance_accountant.unlearning.bounds.shifted_lsi import Curve, ShiftedLsi, orders_below, tabulated
 from per_instance_accountant.unlearning.bounds.subsampled import Subsampled, subsampled_from
 from per_instance_accountant.unlearning.chain import Mechanism, TrainingChain
 
@@ -110,6 +113,11 @@ def _clipping_never_binds(facts: Facts) -> str | None:
     known, chain = facts.assumptions, facts.chain
     if not known.clipping_never_binds:
         return "clipping may bind, which destroys contraction (clipping_never_binds=True if it never does)"
+    if chain.at_threshold:
+        return (
+            f"{chain.at_threshold} recorded contributions reached the threshold they were clipped at,"
+            " which contradicts clipping_never_binds"
+        )
     clip = chain.per_span("max_grad_norm")
     tail = (facts.mechanism.max_grad_norm,) if facts.mechanism else ()
     needed = (known.gradient_norm or 0.0) / (1 + 2.0**-23)
@@ -134,6 +142,24 @@ CONTRACTION: Final[tuple[Requirement, ...]] = (
 )
 
 
+def _steps_have_one_state(facts: Facts) -> str | None:
+    m = facts.mechanism
+    if m is None or (m.optimizer == "SGD" and m.momentum == 0):
+        return None
+    return "the optimizer of the unlearning steps is not plain SGD, so the parameters are not the whole state"
+
+
+def _projected(facts: Facts) -> str | None:
+    if facts.mechanism is None or facts.mechanism.projection_radius is None:
+        return "the parameters are not projected before each unlearning step (projection_radius=...)"
+    if facts.chain.above_clip:
+        return f"{facts.chain.above_clip} recorded contributions lie above the clip norm"
+    return None
+
+
+BALL: Final[tuple[Requirement, ...]] = (_steps_have_one_state, _one_branch, _projected)
+
+
 def _contractive(facts: Facts) -> Bound:
     return contractive_from(facts.schedule(), facts.measure)
 
@@ -142,7 +168,73 @@ def _subsampled(facts: Facts) -> Bound:
     return subsampled_from(facts.schedule(), facts.measure)
 
 
-def _shifted_lsi(facts: Facts) -> Bound:
+_BALL_ROUNDING: Final = 1 + 4e-6
+"""Covers projection and clipping in float32."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Ball:
+    """The unlearning steps on a ball: start distance, Lipschitz factor of the regulariser, twice the largest
+    clipped gradient of one instance on the iterate, instances that may be drawn."""
+
+    distance: float
+    decay: float
+    pull: float
+    retained: int
+
+    @classmethod
+    def of(cls, facts: Facts) -> _Ball:
+        m = facts.mechanism
+        if m is None or m.projection_radius is None:
+            raise ValueError("the steps are not projected")
+        product = m.learning_rate * m.weight_decay
+        return cls(
+            distance=2 * m.projection_radius * _BALL_ROUNDING,
+            decay=abs(1 - product) * (1 + 4e-16) + 4e-16 * (1 + product),
+            pull=2 * m.learning_rate * m.max_grad_norm / m.denominator * _BALL_ROUNDING,
+            retained=facts.chain.num_instances - facts.chain.thresholds.shape[1],
+        )
+
+
+def _curve(facts: Facts) -> Curve:
+    """P(order) of training by data processing."""
+    start = facts.data_processing()
+    return lambda orders: start.rdp(0, orders)
+
+
+def _bounded_domain(facts: Facts) -> Bound:
+    ball, m, noise = _Ball.of(facts), facts.mechanism, facts.tail().noise_std
+    rate = m.sample_rate if m is not None and m.sampling == "poisson" else 1.0
+    sizes, chances = batch_sizes(ball.retained, rate)
+    with np.errstate(divide="ignore"):
+        separations = (ball.decay * ball.distance + ball.pull * sizes) / noise * (1 + 1e-14)
+    return BoundedDomain(measure=facts.measure, curve=_curve(facts), separations=separations, chances=chances)
+
+
+def _clipped_gradients(facts: Facts) -> Bound:
+    """Everybody retained may be drawn at every step, so the largest batch bounds the drift."""
+    ball = _Ball.of(facts)
+    return ClippedGradients(
+        measure=facts.measure,
+        start_distance=ball.distance,
+        drift=ball.pull * ball.retained,
+        decay=ball.decay,
+        noise_std=facts.tail().noise_std,
+    )
+
+
+def _fixed_lsi(facts: Facts) -> Bound:
+    shifted = _shifted_lsi(facts)
+    return FixedLsi(
+        measure=shifted.measure,
+        curve=shifted.curve,
+        constant=shifted.constant,
+        tail=shifted.tail,
+        direction=shifted.direction,
+    )
+
+
+def _shifted_lsi(facts: Facts) -> ShiftedLsi:
     """Without hidden sampling the maps with the forget set are contractive by the same assumptions: both
     directions."""
     plan, start = facts.schedule(), facts.data_processing()
@@ -176,9 +268,12 @@ class Row:
 
 ROWS: Final[tuple[Row, ...]] = (
     Row(name=DataProcessing.name, requirements=(), build=Facts.data_processing),
+    Row(name=FixedLsi.name, requirements=CONTRACTION, build=_fixed_lsi),
     Row(name=ShiftedLsi.name, requirements=CONTRACTION, build=_shifted_lsi),
     Row(name=Contractive.name, requirements=CONTRACTION, build=_contractive),
     Row(name=Subsampled.name, requirements=CONTRACTION, build=_subsampled),
+    Row(name=BoundedDomain.name, requirements=BALL, build=_bounded_domain),
+    Row(name=ClippedGradients.name, requirements=BALL, build=_clipped_gradients),
 )
 
 

@@ -61,6 +61,7 @@ class MechanismRecord(_Strict):
     max_grad_norm: NonNegative
     optimizer: str
     momentum: NonNegative
+    projection_radius: NonNegative | None
 
 
 class AssumptionRecord(_Strict):

@@ -19,12 +19,15 @@ Array = NDArray[np.float64]
 
 CERTIFIED_RULES: Final = tuple(r.name for r in (WorstCase, FixedThresholds) if r.basis is Basis.CERTIFIED)
 _FLOAT32: Final = 1 + 2.0**-23
+_REACHED: Final = 1 - 1e-5
+_SLACK: Final = 1 + 1e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mechanism:
     """One noisy step: ``theta <- theta - learning_rate * ((sum of clipped gradients + N(0, noise_std^2)) /
-    denominator + weight_decay * theta)`` over a batch drawn at ``sample_rate``."""
+    denominator + weight_decay * theta)`` over a batch drawn at ``sample_rate``, with ``theta`` projected onto
+    a ball before it where ``projection_radius`` is stated."""
 
     learning_rate: float
     denominator: float
@@ -35,6 +38,7 @@ class Mechanism:
     max_grad_norm: float
     optimizer: str
     momentum: float
+    projection_radius: float | None
 
     @classmethod
     def of(cls, phase: Phase) -> Mechanism:
@@ -44,7 +48,11 @@ class Mechanism:
     def agrees_with(self, other: Mechanism) -> bool:
         """Equal up to the rounding of numbers that were divided and multiplied back (1e-14 relative)."""
         pairs = [(getattr(self, name), getattr(other, name)) for name in self.__slots__]
-        return all(a == b if isinstance(a, str) else math.isclose(a, b, rel_tol=1e-14) for a, b in pairs)
+        numbers = (int, float)
+        return all(
+            math.isclose(a, b, rel_tol=1e-14) if isinstance(a, numbers) and isinstance(b, numbers) else a == b
+            for a, b in pairs
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -55,7 +63,8 @@ class TrainingChain:
     contribution to the noisy sum, 0 once it was forgotten. forgotten (f,): excluded at the end.
     smallest_threshold (S,): least positive threshold at which anybody was clipped. thresholds_from_sweep
     (S,): whether those came from measured norms. abandoned_steps: steps of branches that a resume left
-    behind.
+    behind. at_threshold, above_clip: recorded contributions of anybody that reached the threshold they were
+    clipped at (within 1e-5), and that lie above the clip norm.
     """
 
     counts: NDArray[np.int64]
@@ -65,6 +74,8 @@ class TrainingChain:
     smallest_threshold: Array
     thresholds_from_sweep: NDArray[np.bool_]
     abandoned_steps: int
+    at_threshold: int
+    above_clip: int
     num_instances: int
     last_training: Mechanism | None
 
@@ -111,11 +122,62 @@ def training_chain(
     when the thresholds are not certified, PIA011 when a recorded contribution contradicts them, LedgerError
     for damage.
     """
+    return _read(ledger, positions, charging, first, stop).chain()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Everybody:
+    """The chain of all instances that were not forgotten, each alone, without a (S, N) array.
+
+    positions (n,): who they are. chain: the spans, with no member. limits: the v different threshold vectors,
+    each (n,). which (S,): the vector in force in each span.
+    """
+
+    positions: NDArray[np.int64]
+    chain: TrainingChain
+    limits: tuple[Array, ...]
+    which: NDArray[np.int64]
+
+    def alone(self, thresholds: Array) -> TrainingChain:
+        """The chain of one instance with ``thresholds`` (v,), one per vector."""
+        return replace(
+            self.chain, thresholds=thresholds[self.which][:, None], forgotten=np.zeros(1, dtype=np.bool_)
+        )
+
+
+def everybody(ledger: Ledger, charging: ChargingRule | None = None) -> Everybody:
+    """Read all steps of ``ledger`` for every instance; arguments and errors as in :func:`training_chain`."""
+    reading = _read(ledger, np.arange(ledger.num_instances), charging, 0, None)
+    kept = np.flatnonzero(~reading.forgotten)
+    limits: list[Array] = []
+    which = []
+    for _, limit, _, _ in reading.rows:
+        known = (k for k, other in enumerate(limits) if other is limit or np.array_equal(other, limit))
+        index = next(known, len(limits))
+        limits += [limit] if index == len(limits) else []
+        which.append(index)
+    reading.rows = [(row[0], row[1][:0], row[2], row[3]) for row in reading.rows]
+    reading.positions = reading.positions[:0]
+    return Everybody(
+        positions=kept,
+        chain=reading.chain(),
+        limits=tuple(limit[kept] for limit in limits),
+        which=np.array(which, dtype=np.int64),
+    )
+
+
+def _read(
+    ledger: Ledger,
+    positions: NDArray[np.int64],
+    charging: ChargingRule | None,
+    first: int,
+    stop: int | None,
+) -> _Reading:
     reading = _Reading(ledger.num_instances, np.asarray(positions, dtype=np.int64), charging)
     end = ledger.num_steps if stop is None else stop
     for event in _until(ledger.events(), end):
         reading.take(event, count=reading.steps >= first)
-    return reading.chain()
+    return reading
 
 
 def _until(events: Iterator[Event], steps: int) -> Iterator[Event]:
@@ -146,6 +208,9 @@ class _Reading:
         self.counts: list[int] = []
         self.rows: list[tuple[Mechanism, Array, float, bool]] = []
         self.limit: Array = np.zeros(0)
+        self.at_threshold = self.above_clip = 0
+        self.member = np.full(num_instances, -1, dtype=np.int64)
+        self.member[positions] = np.arange(len(positions))
 
     def take(self, event: Event, *, count: bool) -> None:
         """Dispatch one event; a step is only added to a span if ``count``."""
@@ -197,7 +262,9 @@ class _Reading:
             )
         if phase.kind == "train":
             self.last_training = phase
-        self.limit = self._charged(phase)
+        charged = self._charged(phase)
+        # The same array again for the same thresholds: a schedule has many phases.
+        self.limit = self.limit if np.array_equal(charged, self.limit) else charged
         positive = (
             np.inf if self.values is None else np.min(self.values, where=self.values > 0, initial=np.inf)
         )
@@ -234,12 +301,14 @@ class _Reading:
         return self.values
 
     def _check_contributions(self, step: Step) -> None:
-        drawn = np.isin(step.positions, self.positions)
-        if not drawn.any():
-            return
-        order = np.argsort(self.positions)
-        member = order[np.searchsorted(self.positions, step.positions[drawn], sorter=order)]
-        over = step.contributions[drawn] > self.limit[member] * (1 + 1e-6)
+        clip = self.rows[-1][0].max_grad_norm
+        clipped_at = clip if self.values is None else np.minimum(self.values[step.positions], clip)
+        reached = (step.contributions >= clipped_at * _REACHED) & (step.contributions > 0)
+        self.at_threshold += int(np.count_nonzero(reached))
+        self.above_clip += int(np.count_nonzero(step.contributions > clip * _SLACK))
+        member = self.member[step.positions]
+        drawn = member >= 0
+        over = step.contributions[drawn] > self.limit[member[drawn]] * _SLACK
         if over.any():
             raise GuaranteeError(
                 "PIA011",
@@ -260,6 +329,8 @@ class _Reading:
             smallest_threshold=np.array(smallest, dtype=np.float64),
             thresholds_from_sweep=np.array(sweep, dtype=np.bool_),
             abandoned_steps=self.abandoned,
+            at_threshold=self.at_threshold,
+            above_clip=self.above_clip,
             num_instances=self.num_instances,
             last_training=None if self.last_training is None else Mechanism.of(self.last_training),
         )

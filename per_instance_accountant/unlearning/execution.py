@@ -52,7 +52,7 @@ def read_execution(ledger: Ledger, *, first: int, steps: int, plan_digest: str) 
             _thresholds(walk, event, first)
         elif isinstance(event, Resume):
             _resume(walk, event, first)
-        else:
+        elif isinstance(event, Step):
             _step(walk, event, first, steps, plan_digest)
     return Execution(
         requests=tuple(walk.requests),

@@ -50,8 +50,8 @@ class UnlearningPlan:
     alone; never add them up. training_steps: steps recorded so far. cost_ratio: steps / training_steps.
     direction, reference: of the divergence. mechanism: of the unlearning steps (the last training phase's).
     contraction: upper bound per step, None if unknown. assumptions: name -> value and source. charging: rule
-    name that replaced the run's own, or None. anchor: the moment of the ledger the plan was made for; it
-    holds for no other.
+    name that replaced the run's own, or None. step_grid: public numbers of steps that ``steps`` was rounded
+    up to, or None. anchor: the moment of the ledger the plan was made for; it holds for no other.
     """
 
     ids: tuple[int | str, ...]
@@ -64,6 +64,7 @@ class UnlearningPlan:
     training_steps: int
     cost_ratio: float | None
     target: float
+    step_grid: tuple[int, ...] | None
     measure: Measure
     direction: str
     reference: str
@@ -87,6 +88,7 @@ class UnlearningPlan:
         content["assumptions"] = {name: dict(entry) for name, entry in self.assumptions.items()}
         content["software"] = dict(self.software)
         content["ids"] = list(self.ids)
+        content["step_grid"] = None if self.step_grid is None else list(self.step_grid)
         return content
 
     @property

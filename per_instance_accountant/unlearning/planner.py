@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from per_instance_accountant.unlearning.applicable import Facts, NotApplicable, 
 from per_instance_accountant.unlearning.assumptions import Assumptions
 from per_instance_accountant.unlearning.bounds.interface import MAX_STEPS, REFERENCE, Measure, require
 from per_instance_accountant.unlearning.canonical import ACCOUNTING_VERSION, software_versions
-from per_instance_accountant.unlearning.chain import TrainingChain, training_chain
+from per_instance_accountant.unlearning.chain import Mechanism, TrainingChain, training_chain
 from per_instance_accountant.unlearning.plan_file import InstanceSteps, UnlearningPlan
 
 
@@ -33,6 +34,8 @@ def plan(
     charging: ChargingRule | None = None,
     direction: str = "both",
     max_steps: int | None = None,
+    step_grid: Iterable[int] | None = None,
+    projection_radius: float | None = None,
 ) -> UnlearningPlan:
     """Least number K of noisy steps without the forget set, so that the result is close to retraining without
     it.
@@ -41,7 +44,10 @@ def plan(
     assumptions: :class:`Assumptions`, a mapping, or None for those of the run. charging: None for the rule of
     the run, or WorstCase(). direction: ``"both"``, or ``"remove"`` for D(trained || retrained) only. Every
     applicable bound is evaluated; the one with the least K decides. An unreachable target is a plan with
-    ``reachable=False``, not an error.
+    ``reachable=False``, not an error. step_grid: a public list of numbers of steps; K is rounded up to the
+    next of them, so that K reveals no more of the instances than that (beyond the last: unreachable).
+    projection_radius: project all parameters onto the ball of this radius before each unlearning step, which
+    needs no assumption on the loss.
 
     Raises PlanError PIA032 (unknown, repeated, never trained, all or no instances) and PIA031 (assumptions),
     UsageError PIA070 (target, order, delta), GuaranteeError PIA012 (the run is not certified), LedgerError.
@@ -62,18 +68,14 @@ def plan(
     """
     ledger = Ledger.open(ledger)
     measure = Measure(order=order, delta=target_delta)
-    require(0 < target_epsilon < math.inf, "target_epsilon", target_epsilon, "(0, inf)")
-    require(direction in ("both", "remove"), "direction", direction, "('both', 'remove')")
-    limit = MAX_STEPS if max_steps is None else max_steps
-    require(limit >= 0 and limit == int(limit), "max_steps", max_steps, "[0, inf)")
-    known = _assumptions(assumptions, ledger)
+    question = Question.of(target_epsilon, direction, max_steps, step_grid)
+    known = stated_assumptions(assumptions, ledger)
     positions = _requested(ledger, ids)
     chain = training_chain(ledger, positions, charging)
-    _refuse_untrained(chain)
-    question = _Question(target=float(target_epsilon), direction=direction, limit=int(limit))
-    mechanism = chain.last_training or chain.mechanisms[-1]
+    refuse_untrained(chain)
+    mechanism = unlearning_mechanism(chain, projection_radius)
     facts = Facts(chain=chain, assumptions=known, measure=measure, mechanism=mechanism)
-    group = _solve(facts, question)
+    group = solve(facts, question)
     rows = _per_instance(facts, question, group, ledger.ids[positions].tolist())
     return UnlearningPlan(
         ids=tuple(row.id for row in rows),
@@ -85,7 +87,8 @@ def plan(
         per_instance=rows,
         training_steps=chain.num_steps,
         cost_ratio=None if group.steps is None else group.steps / chain.num_steps,
-        target=float(target_epsilon),
+        target=question.target,
+        step_grid=question.grid,
         measure=measure,
         direction=direction,
         reference=REFERENCE,
@@ -102,31 +105,73 @@ def plan(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Question:
+class Question:
+    """What is asked of every bound: ``value(K) <= target`` for the least K up to ``limit``, on ``grid``."""
+
     target: float
     direction: str
     limit: int
+    grid: tuple[int, ...] | None
+
+    @classmethod
+    def of(
+        cls, target: float, direction: str, max_steps: int | None, step_grid: Iterable[int] | None
+    ) -> Question:
+        """Checked. Raises UsageError PIA070."""
+        require(0 < target < math.inf, "target_epsilon", target, "(0, inf)")
+        require(direction in ("both", "remove"), "direction", direction, "('both', 'remove')")
+        limit = MAX_STEPS if max_steps is None else max_steps
+        require(limit >= 0 and limit == int(limit), "max_steps", max_steps, "[0, inf)")
+        grid = None if step_grid is None else tuple(int(k) for k in step_grid)
+        if grid is not None:
+            rising = len(grid) > 0 and grid[0] >= 0 and all(a < b for a, b in itertools.pairwise(grid))
+            require(rising, "step_grid", f"{len(grid)} numbers", "increasing non-negative integers")
+            limit = min(limit, grid[-1])
+        return cls(target=float(target), direction=direction, limit=int(limit), grid=grid)
+
+    def rounded(self, steps: float) -> float:
+        """``steps`` or the next number of the grid."""
+        if self.grid is None or math.isinf(steps):
+            return steps
+        return next((k for k in self.grid if steps <= k <= self.limit), math.inf)
+
+
+def geometric_grid(last: int, ratio: float = 1.25) -> tuple[int, ...]:
+    """A public step grid: 0, 1 and whole numbers that grow by ``ratio`` up to at least ``last``.
+
+    >>> geometric_grid(20, 2.0)
+    (0, 1, 2, 4, 8, 16, 32)
+    """
+    require(last >= 1 and last == int(last), "last", last, "[1, inf)")
+    require(1 < ratio < math.inf, "ratio", ratio, "(1, inf)")
+    grid = [0, 1]
+    while grid[-1] < last:
+        grid.append(max(grid[-1] + 1, math.ceil(grid[-1] * ratio)))
+    return tuple(grid)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Answer:
+class Answer:
+    """Least K (None: unreachable), the value there and the bound that gave it."""
+
     steps: int | None
     value: float
     bound: str
     refused: tuple[NotApplicable, ...]
 
 
-def _solve(facts: Facts, question: _Question) -> _Answer:
+def solve(facts: Facts, question: Question) -> Answer:
     """Least K over all applicable bounds, and the smallest value any of them gives at that K."""
     bounds, refused = applicable(facts, question.direction)
     least: float = math.inf
     for bound in bounds:
         within = question.limit if math.isinf(least) else int(least)
         least = min(least, bound.steps(question.target, within))
+    least = question.rounded(least)
     at = question.limit if math.isinf(least) else int(least)
     values = [bound.value(at) for bound in bounds]
     best = int(np.argmin(values))
-    return _Answer(
+    return Answer(
         steps=None if math.isinf(least) else int(least),
         value=values[best],
         bound=bounds[best].name,
@@ -135,22 +180,14 @@ def _solve(facts: Facts, question: _Question) -> _Answer:
 
 
 def _per_instance(
-    facts: Facts, question: _Question, group: _Answer, ids: list[int | str]
+    facts: Facts, question: Question, group: Answer, ids: list[int | str]
 ) -> tuple[InstanceSteps, ...]:
     """Every member alone; members with the same thresholds at every step share one computation."""
     if len(ids) == 1:
         return (InstanceSteps(id=ids[0], steps=group.steps, value=group.value, bound=group.bound),)
     _, first, kind = np.unique(facts.chain.thresholds, axis=1, return_index=True, return_inverse=True)
     answers = [
-        _solve(
-            Facts(
-                chain=facts.chain.only(np.array([member])),
-                assumptions=facts.assumptions,
-                measure=facts.measure,
-                mechanism=facts.mechanism,
-            ),
-            question,
-        )
+        solve(replace(facts, chain=facts.chain.only(np.array([member]))), question)
         for member in first.tolist()
     ]
     own = [answers[k] for k in kind.ravel().tolist()]
@@ -166,7 +203,17 @@ def _deciding(rows: tuple[InstanceSteps, ...], chain: TrainingChain) -> int | st
     return rows[int(np.lexsort((-chain.thresholds.max(axis=0), -steps))[0])].id
 
 
-def _assumptions(given: Assumptions | Mapping[str, Any] | None, ledger: Ledger) -> Assumptions:
+def unlearning_mechanism(chain: TrainingChain, projection_radius: float | None) -> Mechanism:
+    """That of the last training phase, projected if asked for. Raises UsageError PIA070."""
+    mechanism = chain.last_training or chain.mechanisms[-1]
+    if projection_radius is None:
+        return mechanism
+    require(0 < projection_radius < math.inf, "projection_radius", projection_radius, "(0, inf)")
+    return replace(mechanism, projection_radius=float(projection_radius))
+
+
+def stated_assumptions(given: Assumptions | Mapping[str, Any] | None, ledger: Ledger) -> Assumptions:
+    """What the caller states, else what the run states."""
     if isinstance(given, Assumptions):
         return given
     if given is not None:
@@ -184,7 +231,8 @@ def _requested(ledger: Ledger, ids: Iterable[int | str] | NDArray[Any]) -> NDArr
     return positions
 
 
-def _refuse_untrained(chain: TrainingChain) -> None:
+def refuse_untrained(chain: TrainingChain) -> None:
+    """Raise PlanError PIA032 without a training step, or for instances that were forgotten before."""
     if chain.num_steps == 0:
         raise _refused(
             "the ledger holds no training step", "train first: the model has seen none of the instances"

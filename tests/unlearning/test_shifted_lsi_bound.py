@@ -215,7 +215,8 @@ def test_exact_for_gaussian_shifts(c, s, delta, training, steps):
     exact = bounds.contractive(sensitivity=delta, **same, order=5)
     rho = exact.mu(0) ** 2 / 2
     bound = bounds.shifted_lsi(curve=lambda orders: rho * orders, **same, order=5)
-    assert bound.value(steps) == pytest.approx(exact.value(steps), rel=1e-8)
+    # The curve is read at orders of at least 1 + 2^-20, which costs at most that share.
+    assert exact.value(steps) * (1 - 1e-9) <= bound.value(steps) <= exact.value(steps) * (1 + 1.01 * 2**-20)
 
 
 def test_a_component_is_not_the_reference():
