@@ -21,6 +21,7 @@ CODES: Final[dict[str, str]] = {
     "PIA011": "the number asked for cannot be supported by the facts in the ledger",
     "PIA012": "an estimate or an output-specific number was used where a certified one is needed",
     "PIA013": "thresholds were asked for that were not enforced during training",
+    "PIA020": "the next step would exceed a privacy budget",
     "PIA030": "the target cannot be reached by any number of steps",
     "PIA031": "an assumption of a bound is missing, out of range or does not hold",
     "PIA032": "the deletion request names unknown, repeated or never trained instances, or all of them",
@@ -68,6 +69,10 @@ class AlignmentError(PiaError, RuntimeError):
 
 class LedgerError(PiaError):
     """The ledger is missing, damaged, of another run, or in use."""
+
+
+class BudgetExceeded(PiaError, RuntimeError):
+    """The next step would exceed a privacy budget; it was not taken, and nothing was released or charged."""
 
 
 class PlanError(PiaError):

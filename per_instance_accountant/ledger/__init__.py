@@ -2,7 +2,19 @@
 fact."""
 
 from per_instance_accountant.ledger.reader import Anchor, Ledger
-from per_instance_accountant.ledger.records import Event, Phase, Resume, Run, Step, Thresholds
+from per_instance_accountant.ledger.records import Drop, Event, Filter, Phase, Resume, Run, Step, Thresholds
 from per_instance_accountant.ledger.writer import LedgerWriter
 
-__all__ = ["Anchor", "Event", "Ledger", "LedgerWriter", "Phase", "Resume", "Run", "Step", "Thresholds"]
+__all__ = [
+    "Anchor",
+    "Drop",
+    "Event",
+    "Filter",
+    "Ledger",
+    "LedgerWriter",
+    "Phase",
+    "Resume",
+    "Run",
+    "Step",
+    "Thresholds",
+]

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from per_instance_accountant.errors import LedgerError, UsageError
-from per_instance_accountant.ledger.records import Event, Phase, Resume, Step, Thresholds
+from per_instance_accountant.ledger.records import Drop, Event, Filter, Phase, Resume, Step, Thresholds
 
 _ENFORCED: Final = ("fixed_thresholds", "sweep")
 
@@ -42,6 +42,8 @@ class Progress:
         self._phase_at = self._thresholds_at = -1
         self._phase_stale = self._thresholds_stale = False
         self._forgotten: NDArray[np.bool_] | None = None
+        self._dropped: NDArray[np.bool_] | None = None
+        """Who was dropped by the filter; None without a filter."""
 
     @property
     def num_abandoned_steps(self) -> int:
@@ -88,6 +90,35 @@ class Progress:
             removed = event.values == 0
             self._forgotten = removed if self._forgotten is None else self._forgotten | removed
 
+    def _check_filter(self, event: Filter) -> None:
+        if event.budgets.size != self.num_instances:
+            raise _contradiction(
+                f"{event.budgets.size} budgets for {self.num_instances} instances",
+                "Filter(budgets=...) with one budget per instance",
+            )
+        if self.num_steps or self._dropped is not None:
+            raise _contradiction(
+                "a filter after the first step, or a second one",
+                "state the filter once, before training: a later one may depend on what was released",
+            )
+
+    def _apply_filter(self, event: Filter) -> None:
+        self._dropped, self.pending = np.zeros(self.num_instances, dtype=np.bool_), False
+
+    def _check_drop(self, event: Drop) -> None:
+        positions = event.positions
+        _check_arrays(positions, np.zeros(np.shape(positions), np.float32))
+        if self._dropped is None or not positions.size:
+            raise _contradiction("a drop of nobody, or without a filter", "writer.append(Filter(...)) before")
+        self._check_positions(positions)
+        if self._dropped[positions].any():
+            raise _contradiction("an instance was dropped twice", "drop those only that still take part")
+
+    def _apply_drop(self, event: Drop) -> None:
+        if self._dropped is not None:
+            self._dropped[event.positions] = True
+        self.pending = False
+
     def _check_resume(self, event: Resume) -> None:
         if type(event.at_step) is not int or not 0 <= event.at_step <= self.num_steps:
             raise _contradiction(
@@ -112,16 +143,7 @@ class Progress:
         _check_arrays(positions, contributions)
         if not positions.size:
             return
-        if positions.min() < 0 or positions.max() >= self.num_instances:
-            raise _contradiction(
-                f"a step names positions outside [0, {self.num_instances})",
-                "record positions in the data set that Run(num_instances=...) describes",
-            )
-        if not _are_distinct(positions):
-            raise _contradiction(
-                "a step names an instance more than once",
-                "add up the contributions of an instance that was drawn twice",
-            )
+        self._check_positions(positions)
         # Written as what must hold, so that NaN fails it.
         if not (contributions.min() >= 0 and contributions.max() < math.inf):
             raise UsageError(
@@ -134,6 +156,23 @@ class Progress:
             raise _contradiction(
                 f"{int(self._forgotten[positions].sum())} forgotten instances were drawn",
                 "sample from the retained instances only",
+            )
+        if self._dropped is not None and bool((self._dropped[positions] & (contributions > 0)).any()):
+            raise _contradiction(
+                "an instance contributed after the filter had dropped it",
+                "clip dropped instances at 0",
+            )
+
+    def _check_positions(self, positions: NDArray[np.int64]) -> None:
+        if positions.min() < 0 or positions.max() >= self.num_instances:
+            raise _contradiction(
+                f"an event names positions outside [0, {self.num_instances})",
+                "record positions in the data set that Run(num_instances=...) describes",
+            )
+        if not _are_distinct(positions):
+            raise _contradiction(
+                "an event names an instance more than once",
+                "add up the contributions of an instance that was drawn twice",
             )
 
     def _check_state(self) -> None:
@@ -188,4 +227,6 @@ _RULES: Final[dict[type, tuple[Any, Any]]] = {
     Thresholds: (Progress._check_thresholds, Progress._apply_thresholds),
     Step: (Progress._check_step, Progress._apply_step),
     Resume: (Progress._check_resume, Progress._apply_resume),
+    Filter: (Progress._check_filter, Progress._apply_filter),
+    Drop: (Progress._check_drop, Progress._apply_drop),
 }
