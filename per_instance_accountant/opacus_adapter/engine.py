@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ def attach(
     positions: ArrayLike | None = None,
     kind: str = "train",
     plan_digest: str | None = None,
+    projection_radius: float | None = None,
 ) -> tuple[Tracker, TrackedLoader]:
     """Track a hand-built DPOptimizer: returns the tracker and the loader to iterate over from now on.
 
@@ -51,8 +53,8 @@ def attach(
     Thresholds that an open ledger recorded last stay in force. charging: default WorstCase for a Poisson
     loader, Unamplified for any other. positions: (rows of the loader's dataset,) dataset positions in the
     run, needed when the loader is over a part of the run's data set. criterion: the loss that the sweeps of
-    ``Sweep`` measure, default cross entropy. kind, plan_digest: see
-    :class:`~per_instance_accountant.ledger.records.Phase`.
+    ``Sweep`` measure, default cross entropy. kind, plan_digest,
+    projection_radius: see :class:`~per_instance_accountant.ledger.records.Phase`; projecting is the caller's.
 
     Raises UnsupportedError PIA060, GuaranteeError PIA010 for a rule that the loader's sampling does not
     support, UsageError for arguments that do not fit the data set, LedgerError PIA040 for another ledger.
@@ -65,7 +67,10 @@ def attach(
     run = check.describe_run(data_loader, ids, groups, assumptions, appended)
     rows = len(data_loader.dataset)  # type: ignore[arg-type]
     mapping = check.check_positions(positions, rows, run.num_instances)
-    setting = check.describe_setting(data_loader, charging, module, kind, plan_digest, mapping)
+    setting = replace(
+        check.describe_setting(data_loader, charging, module, kind, plan_digest, mapping),
+        projection_radius=projection_radius,
+    )
     recorder = Recorder(
         optimizer=optimizer,
         run=run,

@@ -35,6 +35,7 @@ class Setting:
     grad_sample_mode: str
     kind: str = "train"
     plan_digest: str | None = None
+    projection_radius: float | None = None
     positions: NDArray[np.int64] | None = None
     """Row of the loader's dataset -> dataset position of the run; None when they are the same."""
 
@@ -230,6 +231,7 @@ class Recorder:
             optimizer=_optimizer_name(self.optimizer.original_optimizer, rules),
             grad_sample_mode=setting.grad_sample_mode,
             plan_digest=setting.plan_digest,
+            projection_radius=setting.projection_radius,
         )
 
 
