@@ -1,5 +1,6 @@
 """The fold from facts to individual losses, and the charging rules it applies."""
 
+from per_instance_accountant.accounting.filter import PrivacyFilter
 from per_instance_accountant.accounting.fold import account
 from per_instance_accountant.accounting.loss import IndividualLoss
 from per_instance_accountant.accounting.rules import (
@@ -11,15 +12,20 @@ from per_instance_accountant.accounting.rules import (
     Unamplified,
     WorstCase,
 )
+from per_instance_accountant.accounting.spending import CertifiedBudget, Spending, certified_budget
 
 __all__ = [
     "Basis",
+    "CertifiedBudget",
     "ChargingRule",
     "FixedThresholds",
     "IndividualLoss",
     "LastSeen",
+    "PrivacyFilter",
+    "Spending",
     "Sweep",
     "Unamplified",
     "WorstCase",
     "account",
+    "certified_budget",
 ]

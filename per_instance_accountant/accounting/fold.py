@@ -30,10 +30,11 @@ from per_instance_accountant.accounting.rules import (
     Unamplified,
     WorstCase,
 )
+from per_instance_accountant.accounting.spending import certified_budget
 from per_instance_accountant.divergence import DEFAULT_ORDERS, sampled_gaussian_rdp
 from per_instance_accountant.errors import GuaranteeError, UsageError
 from per_instance_accountant.ledger import Ledger
-from per_instance_accountant.ledger.records import Event, Phase, Resume, Step, Thresholds
+from per_instance_accountant.ledger.records import Drop, Event, Filter, Phase, Resume, Step, Thresholds
 
 Array = NDArray[np.float64]
 
@@ -59,6 +60,7 @@ class _Fold:
     def __init__(self, ledger: Ledger, part: slice, orders: Array, charging: str | None) -> None:
         size = part.stop - part.start
         self.part, self.rule_override, self.orders = part, charging, orders
+        self.same_rule = charging is None or {p.charging for p in ledger.phases} == {charging}
         self.tables = ChordTables(ledger.phases, orders)
         self.rdp = np.zeros((size, len(orders)))
         self.worst = np.zeros(len(orders))
@@ -105,6 +107,23 @@ class _Fold:
                 self._settle(positions)
                 self.seen[positions] = self.bound[positions] = contributions
         self.step += 1
+
+    def _take_filter(self, event: Filter) -> None:
+        """A budget charges nobody; :func:`certified_budget` says what it promises."""
+
+    def _take_drop(self, event: Drop) -> None:
+        """Dropped instances owe nothing more. When they leave follows from the bounds of the run's own rule,
+        so that another rule, which need not know them, goes on charging them."""
+        if not self.same_rule:
+            return
+        positions = event.positions
+        positions = positions[(positions >= self.part.start) & (positions < self.part.stop)] - self.part.start
+        if self.phase is not None and self.rule != "unamplified":
+            self._settle(positions)
+        self.forgotten[positions] = True
+        self.bound[positions] = 0.0
+        # A span holds one ratio per instance.
+        self.spans = None
 
     def _take_resume(self, resume: Resume) -> None:
         """Steps of an abandoned branch stay charged; the ledger has what binds the new one stated
@@ -218,6 +237,8 @@ _TAKE: dict[type[Event], Callable[[_Fold, Any], None]] = {
     Thresholds: _Fold._take_thresholds,
     Step: _Fold._take_step,
     Resume: _Fold._take_resume,
+    Filter: _Fold._take_filter,
+    Drop: _Fold._take_drop,
 }
 
 
@@ -337,6 +358,7 @@ def account(
     for event in ledger.events():
         fold.take(event)
     fold.settle_all()
+    filtered = certified_budget(ledger)
     rules = fold.rules_used or ({charging.name} if charging else {p.charging for p in ledger.phases})
     np.minimum(finished(fold.rdp), fold.worst, out=fold.rdp)
     fold.rdp *= _ROUNDING
@@ -350,6 +372,7 @@ def account(
         num_steps=ledger.num_steps,
         mu=None if fold.squared_mu is None else np.sqrt(fold.squared_mu) * _ROUNDING,
         digest=ledger.digest,
+        certified_budget=None if filtered is None else filtered.only(part),
         spans=None if fold.spans is None else tuple(fold.spans),
         worst_spans=None if fold.worst_spans is None else tuple(fold.worst_spans),
     )

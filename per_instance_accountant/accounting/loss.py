@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from per_instance_accountant.accounting.levels import Span, tight_epsilon
 from per_instance_accountant.accounting.rules import Basis
+from per_instance_accountant.accounting.spending import CertifiedBudget
 from per_instance_accountant.divergence import gaussian_epsilon, rdp_to_epsilon
 
 
@@ -23,6 +24,7 @@ class IndividualLoss:
     exact. num_steps: charged steps. digest: of the ledger that was read.
     spans, worst_spans: the steps with the ratios of the instances and of the worst case, where these
     are known and were fixed before the run, else None; the tight epsilons need them.
+    certified_budget: what the privacy filter of the run promises, else None.
     """
 
     rdp: NDArray[np.float64]
@@ -36,6 +38,7 @@ class IndividualLoss:
     digest: str
     spans: tuple[Span, ...] | None = None
     worst_spans: tuple[Span, ...] | None = None
+    certified_budget: CertifiedBudget | None = None
 
     def epsilon(self, delta: float) -> NDArray[np.float64]:
         """(N,) upper bounds on epsilon at ``delta``, on the loss's basis (Canonne, Kamath and
@@ -47,6 +50,15 @@ class IndividualLoss:
     def worst_case_epsilon(self, delta: float) -> float:
         """Upper bound on epsilon at ``delta`` for every instance, whatever its data."""
         return float(rdp_to_epsilon(self.orders, self.worst_case_rdp, delta))
+
+    def certified_epsilon(self, delta: float) -> NDArray[np.float64]:
+        """(N,) upper bounds on epsilon that are CERTIFIED whatever the basis of ``rdp``: the worst
+        case, the budget that a filter enforced, and :meth:`tight_epsilon` where its own basis is
+        CERTIFIED; the smallest."""
+        best = np.full(len(self.ids), self.tight_worst_case_epsilon(delta))
+        if self.certified_budget is not None:
+            best = np.minimum(best, self.certified_budget.epsilon(delta))
+        return np.minimum(best, self.tight_epsilon(delta)) if self.basis is Basis.CERTIFIED else best
 
     def tight_epsilon(self, delta: float) -> NDArray[np.float64]:
         """(N,) upper bounds on epsilon, at most :meth:`epsilon`, on the loss's basis.

@@ -60,6 +60,11 @@ class Tracker:
         """What is written so far."""
         return self.recorder.writer.ledger()
 
+    @property
+    def ends_quietly(self) -> bool:
+        """Whether a spent budget ends the loop over the loader instead of raising."""
+        return self.recorder.ends_quietly
+
     def close(self) -> None:
         """Flush and end the ledger. Raises AlignmentError PIA002 inside a logical batch."""
         self.check_boundary()
@@ -99,6 +104,7 @@ class Tracker:
             _broken("the parts of a logical batch did not arrive one after the other")
         if batch.part.first:
             self._sweep(min(batch.limit or SWEEP_BATCH, SWEEP_BATCH))
+            self.recorder.enforce_budgets()
         self._batch, self._open = batch, key
         self.optimizer._step_skip_queue[:] = [] if batch.part.last else [True]
 
@@ -228,10 +234,12 @@ class Tracker:
         part = self._current().part
         self.recorder.compare_loss(rows, norms, first=part.first, last=part.last)
         positions = rows if mapping is None else mapping[rows]
-        mechanism, thresholds = self._mechanism_now(), self.recorder.thresholds
-        # In float64: float32 would round the limit up beyond the clip norm that the noise is made for.
-        individual = np.inf if thresholds is None else thresholds[positions].astype(np.float64)
-        factors, contributions = clip_factors(norms, np.minimum(individual, mechanism[1]))
+        mechanism = self._mechanism_now()
+        if self._mechanism is None:
+            # Again, because noise or clip norm may have changed since the batch was handed out.
+            self.recorder.enforce_budgets()
+        limits = self.recorder.limits(positions, mechanism[1], self._pending)
+        factors, contributions = clip_factors(norms, limits)
         self._measured, self._mechanism = (positions, contributions), self._mechanism or mechanism
         return factors
 

@@ -1,5 +1,5 @@
-"""The two entry points: ``attach`` for a hand-built DPOptimizer, and a drop-in ``PrivacyEngine`` on top of
-it."""
+"""The two entry points: ``attach`` for a hand-built DPOptimizer, and a drop-in ``PrivacyEngine`` on
+top of it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import opacus
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from opacus.optimizers import DPOptimizer
 from torch.utils.data import DataLoader
 
+from per_instance_accountant.accounting.filter import PrivacyFilter
 from per_instance_accountant.accounting.rules import ChargingRule
+from per_instance_accountant.accounting.spending import Spending
 from per_instance_accountant.errors import LedgerError, UnsupportedError, UsageError
 from per_instance_accountant.ledger import Anchor, Ledger, LedgerWriter
 from per_instance_accountant.opacus_adapter import configuration as check
@@ -44,20 +47,23 @@ def attach(
     kind: str = "train",
     plan_digest: str | None = None,
     projection_radius: float | None = None,
+    filter: PrivacyFilter | None = None,
 ) -> tuple[Tracker, TrackedLoader]:
     """Track a hand-built DPOptimizer: returns the tracker and the loader to iterate over from now on.
 
-    optimizer: a flat DPOptimizer (modes hooks and functorch) or DPOptimizerFastGradientClipping (ghost); it
-    is changed in place. module: its GradSampleModule or GradSampleHooks; found by itself when it is alive.
-    ledger: a directory for a new ledger, an open :class:`LedgerWriter` to append to, or None for memory.
-    Thresholds that an open ledger recorded last stay in force. charging: default WorstCase for a Poisson
-    loader, Unamplified for any other. positions: (rows of the loader's dataset,) dataset positions in the
-    run, needed when the loader is over a part of the run's data set. criterion: the loss that the sweeps of
-    ``Sweep`` measure, default cross entropy. kind, plan_digest,
-    projection_radius: see :class:`~per_instance_accountant.ledger.records.Phase`; projecting is the caller's.
+    optimizer: a flat DPOptimizer (modes hooks and functorch) or DPOptimizerFastGradientClipping
+    (ghost); it is changed in place. module: its GradSampleModule or GradSampleHooks; found by itself
+    when it is alive. ledger: a directory for a new ledger, an open :class:`LedgerWriter` to append
+    to, or None for memory. Thresholds that an open ledger recorded last stay in force. charging:
+    default WorstCase for a Poisson loader, Unamplified for any other. positions: (rows of the
+    loader's dataset,) dataset positions in the run, needed when the loader is over a part of the
+    run's data set. criterion: the loss that the sweeps of ``Sweep`` measure, default cross entropy.
+    filter: budgets that are enforced before every step. kind, plan_digest, projection_radius: see
+    :class:`~per_instance_accountant.ledger.records.Phase`; projecting is the caller's.
 
     Raises UnsupportedError PIA060, GuaranteeError PIA010 for a rule that the loader's sampling does not
-    support, UsageError for arguments that do not fit the data set, LedgerError PIA040 for another ledger.
+    support, UsageError for arguments that do not fit the data set, LedgerError PIA040 for another
+    ledger.
     """
     check.check_optimizer(optimizer)
     check_loader(data_loader)
@@ -70,6 +76,7 @@ def attach(
     setting = replace(
         check.describe_setting(data_loader, charging, module, kind, plan_digest, mapping),
         projection_radius=projection_radius,
+        budget=filter,
     )
     recorder = Recorder(
         optimizer=optimizer,
@@ -93,7 +100,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
     """Drop-in for :class:`opacus.PrivacyEngine` that also records every instance's part in every step.
 
     accountant, secure_mode: as in Opacus. ledger: directory of the ledger, or None to keep the facts in
-    memory. charging, ids, groups, assumptions: see :func:`attach`.
+    memory. charging, ids, groups, assumptions, filter: see :func:`attach`.
 
     >>> from torch.utils.data import DataLoader, TensorDataset
     >>> model, examples = torch.nn.Linear(2, 1), TensorDataset(torch.ones(8, 2), torch.ones(8, 1))
@@ -119,6 +126,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         ids: ArrayLike | None = None,
         groups: Mapping[str, ArrayLike] | None = None,
         assumptions: Mapping[str, Any] | None = None,
+        filter: PrivacyFilter | None = None,
     ) -> None:
         super().__init__(accountant=accountant, secure_mode=secure_mode)
         self._tracking: dict[str, Any] = {
@@ -127,6 +135,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             "ids": ids,
             "groups": groups,
             "assumptions": assumptions,
+            "filter": filter,
         }
         self._tracker: Tracker | None = None
 
@@ -147,6 +156,49 @@ class PrivacyEngine(opacus.PrivacyEngine):
         """The facts recorded so far."""
         return self.tracker.ledger
 
+    @property
+    def _spending(self) -> Spending:
+        recorder = self.tracker.recorder
+        if recorder.setting.budget is not None:
+            _ = recorder.writer
+        if recorder.spending is None:
+            raise UsageError(
+                "PIA070",
+                "the engine has no privacy filter",
+                "There are no budgets to compare with",
+                "PrivacyEngine(filter=PrivacyFilter(budget=8.0, delta=1e-5))",
+            )
+        return recorder.spending
+
+    @property
+    def spent(self) -> NDArray[np.float64]:
+        """(N,) what the steps so far cost each instance, rounded up, in the unit of the filter's
+        sums: nats at the instance's order, or squared ratios for a Gaussian filter. As private as
+        the data."""
+        return self._spending.spent()
+
+    @property
+    def remaining(self) -> NDArray[np.float64]:
+        """(N,) what is left of the budgets, in the unit of :attr:`spent`, not below 0. As private as
+        the data."""
+        spending = self._spending
+        return np.maximum(spending.filter.budgets - spending.spent(), 0.0)
+
+    @property
+    def dropped(self) -> NDArray[np.bool_]:
+        """(N,) who left training because the next step would have exceeded the budget."""
+        return self._spending.dropped.copy()
+
+    @property
+    def would_exceed(self) -> NDArray[np.bool_]:
+        """(N,) whose budget the next step would exceed, at the present noise, clip norm and
+        thresholds: those who leave before it, and those who left before. A sweep that is due may
+        still change it."""
+        spending = self._spending
+        mask = spending.dropped.copy()
+        mask[spending.exceeding(self.tracker.recorder.mechanism())] = True
+        return mask
+
     def abandon(self) -> None:
         """Drop a partly accumulated logical batch after ``break`` or an error; it was not released or
         charged."""
@@ -158,13 +210,13 @@ class PrivacyEngine(opacus.PrivacyEngine):
 
     def make_private(self, *, criterion: Any = None, **arguments: Any) -> Any:
         """As in Opacus, same arguments and same tuple; the loader must be iterated directly or through
-        Opacus' BatchMemoryManager. criterion: the loss, cross entropy if none is given, as in Opacus. Ghost
-        clipping and the sweeps of ``Sweep`` use it; for a loop with another loss an assumed one raises
-        UsageError PIA071 before anything is released.
+        Opacus' BatchMemoryManager. criterion: the loss, cross entropy if none is given, as in
+        Opacus. Ghost clipping and the sweeps of ``Sweep`` use it; for a loop with another loss an
+        assumed one raises UsageError PIA071 before anything is released.
 
-        Raises UnsupportedError PIA060 for configurations that are not accounted for, GuaranteeError PIA010
-        for a charging rule that the loader's sampling does not support, UsageError for arguments that do
-        not fit.
+        Raises UnsupportedError PIA060 for configurations that are not accounted for, GuaranteeError
+        PIA010 for a charging rule that the loader's sampling does not support, UsageError for
+        arguments that do not fit.
         """
         self._check_arguments(arguments)
         if criterion is not None:
@@ -209,7 +261,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
     def save_checkpoint(self, *, checkpoint_dict: dict[str, Any] | None = None, **arguments: Any) -> None:
         """As in Opacus; the file also says where in the ledger the model stands.
 
-        Raises AlignmentError PIA002 inside a logical batch, LedgerError when the ledger cannot be written.
+        Raises AlignmentError PIA002 inside a logical batch, LedgerError when the ledger cannot be
+        written.
         """
         self.tracker.check_boundary()
         position = {"version": 1, "anchor": self.tracker.recorder.writer.anchor.to_dict()}
@@ -239,8 +292,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
 
 
 def load_plain(path: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """A checkpoint of tensors and plain values. Raises UnsupportedError PIA060 when only pickle could read
-    it."""
+    """A checkpoint of tensors and plain values. Raises UnsupportedError PIA060 when only pickle
+    could read it."""
     try:
         content: dict[str, Any] = torch.load(path, **{**options, "weights_only": True})
     except pickle.UnpicklingError as error:
@@ -254,7 +307,8 @@ def load_plain(path: Any, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_anchor(checkpoint: Mapping[str, Any]) -> Anchor:
-    """Where in its ledger a checkpoint was taken. Raises LedgerError PIA040 when the file does not say it."""
+    """Where in its ledger a checkpoint was taken. Raises LedgerError PIA040 when the file does not
+    say it."""
     position = checkpoint.get(CHECKPOINT_KEY)
     if not isinstance(position, dict) or position.get("version") != 1:
         raise LedgerError(

@@ -21,7 +21,7 @@ from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from per_instance_accountant.errors import AlignmentError, UnsupportedError
+from per_instance_accountant.errors import AlignmentError, BudgetExceeded, UnsupportedError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +55,8 @@ class Consumer(Protocol):
     def open_loop(self) -> int: ...
     def begin(self, batch: Delivery) -> None: ...
     def check_boundary(self) -> None: ...
+    @property
+    def ends_quietly(self) -> bool: ...
 
 
 class Draw(list[int]):
@@ -177,9 +179,14 @@ class _Iteration:
             raise
         part = batch.part or Part(logical=self.count, first=True, last=True)
         self.count += 1
-        self.consumer.begin(
-            Delivery(rows=batch.rows, part=part, content=batch.batch, loop=self.loop, limit=self.limit)
-        )
+        try:
+            self.consumer.begin(
+                Delivery(rows=batch.rows, part=part, content=batch.batch, loop=self.loop, limit=self.limit)
+            )
+        except BudgetExceeded:
+            if self.consumer.ends_quietly:
+                raise StopIteration from None
+            raise
         return batch.batch
 
 

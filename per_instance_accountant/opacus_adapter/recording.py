@@ -12,9 +12,22 @@ import torch
 from numpy.typing import NDArray
 from opacus.optimizers import DPOptimizer
 
+from per_instance_accountant.accounting.filter import PrivacyFilter
 from per_instance_accountant.accounting.rules import ChargingRule, FixedThresholds, Sweep
-from per_instance_accountant.errors import GuaranteeError, LedgerError, UsageError
-from per_instance_accountant.ledger import Anchor, Ledger, LedgerWriter, Phase, Resume, Run, Step, Thresholds
+from per_instance_accountant.accounting.spending import Spending
+from per_instance_accountant.errors import BudgetExceeded, GuaranteeError, LedgerError, UsageError
+from per_instance_accountant.ledger import (
+    Anchor,
+    Drop,
+    Event,
+    Ledger,
+    LedgerWriter,
+    Phase,
+    Resume,
+    Run,
+    Step,
+    Thresholds,
+)
 from per_instance_accountant.opacus_adapter.clipping import round_up
 
 Norms = NDArray[np.float64]
@@ -38,6 +51,7 @@ class Setting:
     projection_radius: float | None = None
     positions: NDArray[np.int64] | None = None
     """Row of the loader's dataset -> dataset position of the run; None when they are the same."""
+    budget: PrivacyFilter | None = None
 
 
 class Recorder:
@@ -61,12 +75,16 @@ class Recorder:
         self._swept: Norms | None = None
         """Norms of all rows at the present parameters, as long as nobody knows the loss of the loop."""
         self._compared: list[Norms] = []
+        self.spending: Spending | None = None
+        """What was spent of the budgets of a privacy filter; None without one."""
         self._stated: tuple[Any, ...] | None = None
         """What the last Phase was made of."""
         self._path = None if isinstance(ledger, LedgerWriter) else ledger
         self._writer: LedgerWriter | None = None
         # A mechanism that no ledger could describe is refused now, not after the first gradients.
-        self.mechanism()
+        mechanism = self.mechanism()
+        if setting.budget is not None:
+            setting.budget.stated(setting.budget.per_instance(run.num_instances, run.groups), mechanism)
         if isinstance(ledger, LedgerWriter):
             self._adopt(ledger)
 
@@ -97,6 +115,7 @@ class Recorder:
                 "Positions would name other instances than the ones that were trained on",
                 "load the data set that the ledger was written for, in the same order",
             )
+        self.spending = self._adopt_filter(recorded, writer)
         fixed, in_force = _recorded_thresholds(recorded)
         given = self.thresholds if self._sweep is None else None
         if fixed is not None and given is not None and not np.array_equal(fixed, given):
@@ -107,7 +126,7 @@ class Recorder:
                 "pass the same FixedThresholds(thresholds=...) as at the start of the run",
             )
         if in_force is None and given is not None:
-            writer.append(Thresholds(values=given, source="fixed"))
+            self._append(writer, Thresholds(values=given, source="fixed"))
             in_force = given
         if in_force is None and isinstance(self.setting.charging, FixedThresholds):
             raise GuaranteeError(
@@ -118,8 +137,86 @@ class Recorder:
             )
         self.thresholds, self._writer, self._stated, self._until_sweep = in_force, writer, None, 0
 
+    def _adopt_filter(self, recorded: Ledger, writer: LedgerWriter) -> Spending | None:
+        """State the filter before the first step, or go on with the one recorded, whose sums are
+        read again."""
+        spending, budget = Spending.of(recorded), self.setting.budget
+        if budget is None:
+            return spending
+        budgets = budget.per_instance(self.run.num_instances, self.run.groups)
+        orders = None if spending is None else spending.filter.orders
+        stated = budget.stated(budgets, self.mechanism(), orders=orders)
+        if spending is None:
+            writer.append(stated)
+            return Spending(stated)
+        known = spending.filter
+        if stated.family != known.family or not np.array_equal(stated.budgets, known.budgets):
+            raise LedgerError(
+                "PIA045",
+                "the budgets given differ from the ones that the ledger recorded before training",
+                "Budgets that are changed later may depend on what was released",
+                "pass the same PrivacyFilter(...) as at the start of the run",
+            )
+        return spending
+
+    def _append(self, writer: LedgerWriter, event: Event) -> None:
+        writer.append(event)
+        if self.spending is not None:
+            self.spending.take(event)
+
+    def enforce_budgets(self) -> None:
+        """Drop whoever the next step would take beyond the budget, or raise BudgetExceeded PIA020
+        before it.
+
+        A ledger that states a filter drops, whoever continues it. Steps of unlearning are not filtered.
+        """
+        if self.setting.kind != "train" or (self.spending is None and self.setting.budget is None):
+            return
+        writer, inputs = self.writer, self._inputs()
+        if self.spending is None:
+            return
+        leaving = self.spending.exceeding(None if inputs == self._stated else self.mechanism())
+        if not leaving.size:
+            return
+        if self.setting.budget is not None and self.setting.budget.on_spent != "drop":
+            raise BudgetExceeded(
+                "PIA020",
+                f"the next step would exceed the budget of {leaving.size} instances",
+                "It was not taken: every budget holds for all steps so far",
+                'PrivacyFilter(on_spent="drop") to train on without them',
+            )
+        self._append(writer, Drop(positions=leaving))
+
+    @property
+    def ends_quietly(self) -> bool:
+        """Whether a spent budget ends the loop over the loader instead of raising."""
+        return self.setting.budget is not None and self.setting.budget.on_spent == "stop"
+
+    def limits(
+        self, positions: NDArray[np.int64], clip_norm: float, taken: Sequence[Observation]
+    ) -> NDArray[np.float64]:
+        """(B,) norms at which instances are clipped now, 0 for the dropped; taken: earlier parts of
+        the batch.
+
+        In float64: float32 would round a limit up beyond the clip norm that the noise is made for.
+        Under a filter an instance that a loader repeats within one logical batch enters the sum once.
+        """
+        limits = np.full(len(positions), clip_norm)
+        if self.thresholds is not None:
+            limits = np.minimum(limits, self.thresholds[positions].astype(np.float64))
+        if self.spending is None:
+            return limits
+        limits[self.spending.dropped[positions]] = 0.0
+        again = np.ones(len(positions), dtype=np.bool_)
+        again[np.unique(positions, return_index=True)[1]] = False
+        for earlier, _ in taken:
+            again |= np.isin(positions, earlier)
+        limits[again] = 0.0
+        return limits
+
     def resume(self, anchor: Anchor) -> None:
-        """Continue the ledger from a checkpoint taken at ``anchor``; later steps of the ledger stay charged.
+        """Continue the ledger from a checkpoint taken at ``anchor``; later steps of the ledger stay
+        charged.
 
         Raises LedgerError PIA040 when ledger and checkpoint do not belong together.
         """
@@ -143,7 +240,8 @@ class Recorder:
             self._writer.close()
 
     def sweep_if_due(self, limit: int) -> None:
-        """Measure all norms and state new thresholds, when the next step is one of Sweep's public steps."""
+        """Measure all norms and state new thresholds, when the next step is one of Sweep's public
+        steps."""
         rule = self.setting.charging
         if self._sweep is None or self._until_sweep or not isinstance(rule, Sweep):
             return
@@ -153,7 +251,7 @@ class Recorder:
         bounds = round_up(np.minimum(norms * rule.slack, float(self.optimizer.max_grad_norm)))
         values = np.zeros(self.run.num_instances, dtype=np.float32)
         values[slice(None) if self.setting.positions is None else self.setting.positions] = bounds
-        writer.append(Thresholds(values=values, source="sweep"))
+        self._append(writer, Thresholds(values=values, source="sweep"))
         self.thresholds, self._until_sweep = values, rule.every
 
     def record(self, observations: Sequence[Observation]) -> None:
@@ -163,9 +261,9 @@ class Recorder:
         """
         step, writer, inputs = self._step(observations), self.writer, self._inputs()
         if inputs != self._stated:
-            writer.append(self.mechanism())
+            self._append(writer, self.mechanism())
             self._stated = inputs
-        writer.append(step)
+        self._append(writer, step)
         self._swept, self._compared = None, []
         self._until_sweep = max(0, self._until_sweep - 1)
 

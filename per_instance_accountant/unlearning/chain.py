@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 from per_instance_accountant.accounting import Basis, ChargingRule, FixedThresholds, WorstCase
 from per_instance_accountant.errors import GuaranteeError
 from per_instance_accountant.ledger import Ledger
-from per_instance_accountant.ledger.records import Event, Phase, Resume, Step, Thresholds
+from per_instance_accountant.ledger.records import Drop, Event, Phase, Resume, Step, Thresholds
 
 Array = NDArray[np.float64]
 
 CERTIFIED_RULES: Final = tuple(r.name for r in (WorstCase, FixedThresholds) if r.basis is Basis.CERTIFIED)
 _FLOAT32: Final = 1 + 2.0**-23
 _REACHED: Final = 1 - 1e-5
+_NOTHING: Final = float(np.finfo(np.float32).tiny)
 _SLACK: Final = 1 + 1e-6
 
 
@@ -222,8 +223,15 @@ class _Reading:
             self.phase = event
         elif isinstance(event, Thresholds):
             self._thresholds(event)
-        else:
+        elif isinstance(event, Resume):
             self._resume(event)
+        elif isinstance(event, Drop):
+            raise GuaranteeError(
+                "PIA011",
+                "a privacy filter dropped instances during training",
+                "Its steps depend on more than the parameters, which the unlearning bounds do not cover",
+                "plan for a run without a filter, or retrain without the instances",
+            )
 
     def _thresholds(self, event: Thresholds) -> None:
         values = event.values.astype(np.float64)
@@ -303,7 +311,8 @@ class _Reading:
     def _check_contributions(self, step: Step) -> None:
         clip = self.rows[-1][0].max_grad_norm
         clipped_at = clip if self.values is None else np.minimum(self.values[step.positions], clip)
-        reached = (step.contributions >= clipped_at * _REACHED) & (step.contributions > 0)
+        # The smallest float stands for a threshold of zero: such an instance takes no part in the map.
+        reached = (step.contributions >= clipped_at * _REACHED) & (step.contributions > _NOTHING)
         self.at_threshold += int(np.count_nonzero(reached))
         self.above_clip += int(np.count_nonzero(step.contributions > clip * _SLACK))
         member = self.member[step.positions]
