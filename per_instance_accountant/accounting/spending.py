@@ -266,10 +266,10 @@ def certified_budget(ledger: Ledger) -> CertifiedBudget | None:
     budgets = spending.filter.budgets.copy()
     for phase, steps in spending.unfiltered.items():
         if spending.filter.family == "gaussian":
-            budgets += steps * clip_ratio(phase) ** 2
+            budgets += steps * clip_ratio(phase) ** 2 * _SLACK
         else:
             step = sampled_gaussian_rdp(phase.amplification_rate, [clip_ratio(phase)], spending.orders)[0]
-            budgets += steps * step[spending.which]
+            budgets += steps * step[spending.which] * _SLACK
     return CertifiedBudget(
-        family=spending.filter.family, orders=spending.filter.orders, budgets=budgets * _SLACK
+        family=spending.filter.family, orders=spending.filter.orders, budgets=budgets
     )
