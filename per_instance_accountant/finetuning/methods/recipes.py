@@ -89,8 +89,10 @@ class Recipe:
 
 
 def _rows(instances: Instances, index: Tensor) -> Instances:
+    models = torch.arange(len(index))[:, None]
+
     def take(values: Tensor) -> Tensor:
-        return torch.stack([value[row] for value, row in zip(values, index, strict=True)])
+        return values[models, index]
 
     targets = None if instances.targets is None else take(instances.targets)
     return replace(instances, inputs=take(instances.inputs), labels=take(instances.labels), targets=targets)

@@ -86,9 +86,14 @@ def projected_descent(
             "PIA070",
         )
 
+    # Adding the shift to the input rounds every entry by up to half a unit in the last place.
+    largest = float(inputs.abs().max()) + attack.radius
+    rounding = torch.finfo(inputs.dtype).eps * largest * inputs[0, 0].numel() ** 0.5
+    radius = max(attack.radius * _INSIDE - rounding, 0.0)
+
     def project(shift: Tensor) -> Tensor:
         norms = _norms(shift).clamp_min(torch.finfo(shift.dtype).tiny)
-        inside = shift * (attack.radius * _INSIDE / norms).clamp(max=1)
+        inside = shift * (radius / norms).clamp(max=1)
         return (inputs + inside).clamp(low, high) - inputs
 
     shift = project(draws.in_ball(inputs.shape, attack.radius).to(inputs))
