@@ -223,6 +223,71 @@ def unlearn(
 
 
 @app.command()
+def forget(
+    model: Annotated[
+        str,
+        typer.Option("--model", metavar="MODULE:ATTR", help="Architecture.", show_default=False),
+    ],
+    checkpoint: Annotated[str, typer.Option("--checkpoint", help="Trained model.", show_default=False)],
+    ids: Annotated[str, typer.Option("--ids", help="1,2,3 or @file or - for stdin.", show_default=False)],
+    dataset: Annotated[
+        str, typer.Option("--data", metavar="MODULE:ATTR", help="Training set.", show_default=False)
+    ],
+    output: Annotated[str, typer.Option("--output", help="Directory for the results.", show_default=False)],
+    method: Annotated[
+        str, typer.Option("--method", help="instance-wise, fine-tune, salun, scrub, retrain, ...")
+    ] = "instance-wise",
+    test: Annotated[
+        str | None, typer.Option("--test", metavar="MODULE:ATTR", help="Instances never trained on.")
+    ] = None,
+    ledger: Annotated[
+        str | None, typer.Option("--ledger", help="Business ids, and work divided by privacy loss.")
+    ] = None,
+    plan_file: Annotated[str | None, typer.Option("--plan", help="With noisy-fine-tune: certified.")] = None,
+    goal: Annotated[str, typer.Option("--goal", help="relabel or misclassify.")] = "relabel",
+    steps: Annotated[int, typer.Option("--steps", min=1, help="At most.")] = 600,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", help="Of every step.")] = 0.01,
+    radius: Annotated[
+        float | None, typer.Option("--radius", help="Of adversarial examples (L2); none without it.")
+    ] = None,
+    importance: Annotated[float, typer.Option("--importance", help="Weight of the anchor.")] = 0.0,
+    noise_std: Annotated[float, typer.Option("--noise-std", help="Of noisy-fine-tune.")] = 0.0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of every random draw.")] = 0,
+    output_format: FormatOption = Format.TABLE,
+) -> None:
+    """Make a trained classifier forget instances, and measure it before and after; no certificate."""
+    from per_instance_accountant.cli.forget import Goal, Request
+    from per_instance_accountant.cli.forget import run as run_forget
+
+    if goal not in tuple(Goal):
+        raise UsageError(
+            "PIA070",
+            f"--goal is {goal!r}, allowed is relabel or misclassify",
+            "Nothing was unlearned",
+            "--goal relabel",
+        )
+    request = Request(
+        model=model,
+        checkpoint=checkpoint,
+        dataset=dataset,
+        ids=ids,
+        method=method,
+        output=output,
+        test=test,
+        ledger=ledger,
+        plan=plan_file,
+        goal=Goal(goal),
+        steps=steps,
+        learning_rate=learning_rate,
+        radius=radius,
+        importance=importance,
+        noise_std=noise_std,
+        seed=seed,
+    )
+    emit(run_forget(request), output_format)
+
+
+@app.command()
 def verify(
     certificate: Annotated[str, typer.Argument(help="Certificate file.", show_default=False)],
     ledger: Annotated[

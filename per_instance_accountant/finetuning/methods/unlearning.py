@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -290,7 +291,8 @@ def _certified(
     run = run_plan(
         files.plan,
         ledger=files.ledger,
-        module=ensemble_of([model]).member(0),
+        # Per-sample gradients are captured in training mode only.
+        module=copy.deepcopy(model).train(),
         dataset=TensorDataset(retain.inputs, retain.labels),
         criterion=nn.CrossEntropyLoss(),
         checkpoint=files.checkpoint,
