@@ -3,6 +3,7 @@
 from per_instance_accountant.accounting.filter import PrivacyFilter
 from per_instance_accountant.accounting.fold import account
 from per_instance_accountant.accounting.loss import IndividualLoss
+from per_instance_accountant.accounting.odometer import Odometer
 from per_instance_accountant.accounting.rules import (
     Basis,
     ChargingRule,
@@ -21,6 +22,7 @@ __all__ = [
     "FixedThresholds",
     "IndividualLoss",
     "LastSeen",
+    "Odometer",
     "PrivacyFilter",
     "Spending",
     "Sweep",

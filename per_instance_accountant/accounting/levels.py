@@ -53,9 +53,14 @@ def tight_epsilon(spans: tuple[Span, ...], delta: float) -> Floats:
         rows = np.arange(counts.shape[0])
         for span in spans:
             which = rates.index(span.sample_rate)
-            counts[rows, starts[which] + np.searchsorted(grids[which], span.ratios[part])] += span.steps
+            counts[rows, starts[which] + _rounded_up(grids[which], span.ratios[part])] += span.steps
         result[part] = sampled_gaussian_epsilon(all_rates, all_levels, counts, delta)
     return result
+
+
+def _rounded_up(grid: Floats, ratios: NDArray[np.float32]) -> NDArray[np.intp]:
+    """Index of the smallest level that is not below each ratio."""
+    return np.searchsorted(grid, ratios)
 
 
 def _levels(spans: list[Span]) -> Floats:
