@@ -378,3 +378,52 @@ def test_frozen_parameters_stay() -> None:
     done = unlearn(InstanceWise(schedule=PLAIN), model, FORGET)
     assert torch.equal(done.model[0].weight, first.weight)  # type: ignore[index]
     assert not torch.equal(weights(done.model), weights(model))
+
+
+ONE_STEP = Schedule(steps=1, learning_rate=1.0, momentum=0.0, batch_size=4)
+WANTED = replace(FORGET, targets=(FORGET.labels + 1) % CLASSES)
+KEPT_ONE = RETAIN.select([9])
+
+
+def loss_of(model: nn.Module, part: Instances, labels: Tensor | None = None) -> Tensor:
+    return functional.cross_entropy(model(part.inputs), part.labels if labels is None else labels)
+
+
+def still_right(model: nn.Module) -> Tensor:
+    right = model(FORGET.inputs).argmax(1) == FORGET.labels
+    return functional.cross_entropy(model(FORGET.inputs)[right], FORGET.labels[right])
+
+
+BY_HAND: list[tuple[Method, Callable[[nn.Module], Tensor]]] = [
+    (FineTune(schedule=ONE_STEP), lambda m: loss_of(m, KEPT_ONE)),
+    (GradientAscent(schedule=ONE_STEP), lambda m: -loss_of(m, FORGET)),
+    (
+        NegGradPlus(schedule=ONE_STEP, retain_weight=0.7),
+        lambda m: 0.7 * loss_of(m, KEPT_ONE) - 0.3 * loss_of(m, FORGET),
+    ),
+    (
+        RandomRelabel(schedule=ONE_STEP),
+        lambda m: (loss_of(m, KEPT_ONE) + loss_of(m, WANTED, WANTED.targets)) / 2,
+    ),
+    (
+        SparseFineTune(schedule=ONE_STEP, strength=0.03),
+        lambda m: loss_of(m, KEPT_ONE) + 0.03 * sum(v.abs().sum() for v in m.parameters()),
+    ),
+    (InstanceWise(schedule=ONE_STEP), lambda m: -still_right(m)),
+    (
+        InstanceWise(schedule=ONE_STEP, goal="relabel", replay=True, adversarial_batch=12),
+        lambda m: 0.25 * loss_of(m, WANTED, WANTED.targets) + 0.75 * loss_of(m, KEPT_ONE),
+    ),
+]
+
+
+@pytest.mark.parametrize(("method", "loss"), BY_HAND, ids=lambda v: getattr(v, "name", ""))
+def test_one_step_is_that_of_the_definition(method: Method, loss: Callable[[nn.Module], Tensor]) -> None:
+    """One retained instance, so that every batch of retained instances has the same mean loss."""
+    model = trained()
+    expected = copy.deepcopy(model)
+    slopes = torch.autograd.grad(loss(expected), list(expected.parameters()))
+    done = unlearn(method, model, WANTED, KEPT_ONE)
+    flat = torch.cat([slope.flatten() for slope in slopes])
+    torch.testing.assert_close(weights(model) - weights(done.model), flat, rtol=1e-3, atol=1e-6)
+    assert float(flat.norm()) > 1e-4
