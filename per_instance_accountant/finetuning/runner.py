@@ -8,6 +8,7 @@ twice with fresh noise.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import secrets
 from collections.abc import Callable, Iterator
@@ -92,7 +93,8 @@ def run_plan(
     run is continued from there. seed: makes batches and noise repeatable for tests and demonstrations;
     whoever knows it can remove the noise, so leave it None for a certificate that is to be relied on.
 
-    Same sampling rate, normaliser, noise, learning rate and weight decay as the last training phase.
+    Same sampling rate, normaliser, noise, learning rate and weight decay as the last training phase; a plan
+    with ``projection_radius`` projects the trainable parameters before each step.
 
     Raises PlanError PIA030 (unreachable plan), PIA033 (plan of another moment of the ledger), PIA034 (the
     data hold an instance that must be forgotten, or not all the others), UnsupportedError PIA060 (a
@@ -220,10 +222,12 @@ def _take(
         positions=job.retained,
         kind="unlearn",
         plan_digest=job.plan.digest,
+        projection_radius=m.projection_radius,
     )
     try:
         for number in range(start, stop):
             reseed(sampling, noise, secret=saved.secret, step=number)
+            project(job.module, m.projection_radius)
             # A new iteration each time: what an iterator has consumed before must not matter for the draw.
             inputs, targets = next(iter(tracked))
             optimizer.zero_grad()
@@ -232,6 +236,21 @@ def _take(
             yield number
     finally:
         wrapped.to_standard_module()
+
+
+@torch.no_grad()
+def project(module: nn.Module, radius: float | None) -> None:
+    """Project all trainable parameters together onto the ball of ``radius`` about 0; None leaves them.
+
+    Onto the ball, not the sphere: parameters inside are not moved. Norm and factor in float64.
+    """
+    if radius is None:
+        return
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    norm = math.sqrt(sum(float(p.double().square().sum()) for p in parameters))
+    if norm > radius:
+        for parameter in parameters:
+            parameter.mul_(radius / norm)
 
 
 def secret_of(seed: int) -> bytes:

@@ -58,8 +58,12 @@ class Facts:
         m = self.mechanism
         if m is None:
             return Tail(noise_std=0.0, contraction=1.0)
-        noise = m.learning_rate * m.noise_std / m.denominator * (1 - 1e-15)
-        return Tail(noise_std=noise, contraction=float(_factors(self.assumptions, (m,))[0]))
+        return Tail(noise_std=_noise(m), contraction=float(_factors(self.assumptions, (m,))[0]))
+
+
+def _noise(m: Mechanism) -> float:
+    """Noise std of one step on the iterate, rounded down."""
+    return m.learning_rate * m.noise_std / m.denominator * (1 - 1e-15)
 
 
 def _factors(assumptions: Assumptions, mechanisms: tuple[Mechanism, ...]) -> Array:
@@ -175,12 +179,14 @@ _BALL_ROUNDING: Final = 1 + 4e-6
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Ball:
     """The unlearning steps on a ball: start distance, Lipschitz factor of the regulariser, twice the largest
-    clipped gradient of one instance on the iterate, instances that may be drawn."""
+    clipped gradient of one instance on the iterate, instances that may be drawn and their rate, noise std."""
 
     distance: float
     decay: float
     pull: float
     retained: int
+    rate: float
+    noise_std: float
 
     @classmethod
     def of(cls, facts: Facts) -> _Ball:
@@ -193,6 +199,8 @@ class _Ball:
             decay=abs(1 - product) * (1 + 4e-16) + 4e-16 * (1 + product),
             pull=2 * m.learning_rate * m.max_grad_norm / m.denominator * _BALL_ROUNDING,
             retained=facts.chain.num_instances - facts.chain.thresholds.shape[1],
+            rate=m.sample_rate if m.sampling == "poisson" else 1.0,
+            noise_std=_noise(m),
         )
 
 
@@ -203,11 +211,10 @@ def _curve(facts: Facts) -> Curve:
 
 
 def _bounded_domain(facts: Facts) -> Bound:
-    ball, m, noise = _Ball.of(facts), facts.mechanism, facts.tail().noise_std
-    rate = m.sample_rate if m is not None and m.sampling == "poisson" else 1.0
-    sizes, chances = batch_sizes(ball.retained, rate)
+    ball = _Ball.of(facts)
+    sizes, chances = batch_sizes(ball.retained, ball.rate)
     with np.errstate(divide="ignore"):
-        separations = (ball.decay * ball.distance + ball.pull * sizes) / noise * (1 + 1e-14)
+        separations = (ball.decay * ball.distance + ball.pull * sizes) / ball.noise_std * (1 + 1e-14)
     return BoundedDomain(measure=facts.measure, curve=_curve(facts), separations=separations, chances=chances)
 
 
@@ -219,7 +226,7 @@ def _clipped_gradients(facts: Facts) -> Bound:
         start_distance=ball.distance,
         drift=ball.pull * ball.retained,
         decay=ball.decay,
-        noise_std=facts.tail().noise_std,
+        noise_std=ball.noise_std,
     )
 
 

@@ -17,10 +17,18 @@ from torch.utils.data import Subset, TensorDataset
 
 from per_instance_accountant import FixedThresholds, PrivacyEngine, account, plan, verify
 from per_instance_accountant.errors import PiaError, PlanError, UnsupportedError, UsageError
-from per_instance_accountant.finetuning import UnlearningRun, reseed, run_plan, secret_of
+from per_instance_accountant.finetuning import (
+    UnlearningRun,
+    project,
+    reseed,
+    run_estimate,
+    run_plan,
+    runner,
+    secret_of,
+)
 from per_instance_accountant.ledger import Ledger
 from per_instance_accountant.ledger.records import Phase, Step, Thresholds
-from per_instance_accountant.unlearning import UnlearningPlan, softmax_regression
+from per_instance_accountant.unlearning import UnlearningPlan, issue, softmax_regression
 
 N, FEATURES, CLASSES = 60, 5, 3
 FORGET = [4, 17]
@@ -55,6 +63,7 @@ class Trained:
 
     directory: Path
     batch_size: int = 15
+    noise_multiplier: float = 2.0
 
     @property
     def ledger(self) -> Path:
@@ -82,7 +91,7 @@ class Trained:
             data_loader=torch.utils.data.DataLoader(
                 data, batch_size=self.batch_size, generator=torch.Generator().manual_seed(1)
             ),
-            noise_multiplier=2.0,
+            noise_multiplier=self.noise_multiplier,
             max_grad_norm=CLIP,
             noise_generator=torch.Generator().manual_seed(0),
         )
@@ -349,3 +358,140 @@ def test_a_model_that_diverged_gets_no_certificate(trained: Trained, monkeypatch
     with pytest.raises(PiaError):
         trained.run(made)
     assert not (trained.directory / "after" / "certificate.json").exists()
+
+
+RADIUS = 0.05
+
+
+@pytest.fixture
+def loud(tmp_path: Path) -> Trained:
+    """Noise that drowns a batch: what a bound without any assumption on the loss needs."""
+    return Trained(tmp_path, noise_multiplier=15.0).train()
+
+
+def projected(loud: Trained) -> UnlearningPlan:
+    made = plan(
+        loud.ledger,
+        ids=FORGET,
+        target_epsilon=0.02,
+        target_delta=1e-3,
+        assumptions={},
+        projection_radius=RADIUS,
+        max_steps=500,
+    )
+    assert made.bound == "R5 bounded domain" and made.steps and made.steps > 1
+    return made
+
+
+def test_a_projected_plan_projects_before_every_step_and_is_certified(loud: Trained) -> None:
+    """No assumption on the loss: the ball alone carries the bound, and the ledger states it."""
+    made, trained = projected(loud), loud
+    module, seen = linear(), []
+
+    def watched(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        seen.append(float(module.weight.detach().norm()))
+        return nn.functional.cross_entropy(output, target)
+
+    run = trained.run(made, module=module, criterion=watched)
+    assert len(seen) == made.steps and max(seen) <= RADIUS * (1 + 1e-6)
+    assert verify(run.certificate, ledger=trained.ledger, checkpoint=run.checkpoint).valid
+    phases = [event for event in Ledger.open(trained.ledger).events() if isinstance(event, Phase)]
+    assert phases[-1].projection_radius == RADIUS and phases[0].projection_radius is None
+
+
+def test_a_run_that_does_not_project_as_planned_is_not_certified(
+    loud: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, trained = projected(loud), loud
+    attach = runner.attach
+    monkeypatch.setattr(runner, "attach", lambda *a, **k: attach(*a, **(k | {"projection_radius": None})))
+    with pytest.raises(PlanError, match=r"PIA033.*mechanism"):
+        trained.run(made)
+
+
+def test_projection_is_onto_the_ball_over_all_parameters() -> None:
+    model = nn.Linear(2, 2)
+    with torch.no_grad():
+        model.weight.fill_(3.0)
+        model.bias.fill_(4.0)
+    project(model, 100.0)
+    assert float(model.weight[0, 0]) == 3.0
+    project(model, None)
+    project(model, 1.0)
+    whole = torch.cat([p.detach().ravel() for p in model.parameters()])
+    assert float(whole.norm()) == pytest.approx(1.0, rel=1e-6)
+    assert float(model.bias[0] / model.weight[0, 0]) == pytest.approx(4 / 3, rel=1e-6)
+
+
+def test_full_batch_langevin_runs_end_to_end(tmp_path: Path) -> None:
+    langevin = Trained(tmp_path, batch_size=N).train(steps=40)
+    made = langevin.plan(target=0.02)
+    assert made.mechanism.sample_rate == 1.0 and made.bound == "R3 contractive" and made.steps
+    run = langevin.run(made)
+    assert {len(step.positions) for step in unlearn_steps(langevin.ledger)} == {N - len(FORGET)}
+    assert verify(run.certificate, ledger=langevin.ledger, checkpoint=run.checkpoint).valid
+
+
+def test_an_estimate_is_labelled_and_never_certified(trained: Trained) -> None:
+    made, before = trained.plan(), Ledger.open(trained.ledger).anchor
+    retained = np.setdiff1d(np.arange(N), FORGET).tolist()
+    arguments: dict[str, Any] = {
+        "ledger": trained.ledger,
+        "module": linear(),
+        "dataset": Subset(dataset(), retained),
+        "criterion": nn.CrossEntropyLoss(),
+        "checkpoint": trained.checkpoint,
+        "output": trained.directory / "estimate",
+        "seed": 1,
+        "progress": False,
+    }
+    done = run_estimate(FORGET, steps=made.steps or 0, **arguments)
+    assert done.basis == "ESTIMATE" and "ESTIMATE" in done.note.read_text()
+    assert not torch.equal(torch.load(done.checkpoint)["weight"], torch.load(trained.checkpoint)["weight"])
+    assert (
+        Ledger.open(trained.ledger).anchor == before
+        and not (done.checkpoint.parent / "certificate.json").exists()
+    )
+    with pytest.raises(PlanError, match="PIA033"):
+        issue(made, trained.ledger, trained.checkpoint, done.checkpoint)
+    with pytest.raises(PlanError, match="PIA034"):
+        run_estimate(FORGET, steps=1, **(arguments | {"dataset": Subset(dataset(), list(range(N)))}))
+    with pytest.raises(UsageError, match="PIA070"):
+        run_estimate(FORGET, steps=-1, **arguments)
+    run = trained.run(made)
+    with pytest.raises(PlanError, match="PIA033"):
+        run_estimate(
+            [20],
+            steps=1,
+            **(
+                arguments
+                | {
+                    "output": run.checkpoint.parent,
+                    "dataset": Subset(dataset(), np.setdiff1d(np.arange(N), [*FORGET, 20]).tolist()),
+                }
+            ),
+        )
+
+
+def test_sequential_requests_are_planned_run_and_certified_one_after_the_other(trained: Trained) -> None:
+    """The second plan builds on the first run; both certificates stay valid afterwards."""
+    first = trained.run(trained.plan())
+    second_plan = trained.plan([20, 33])
+    second = run_plan(
+        second_plan,
+        ledger=trained.ledger,
+        module=linear(),
+        dataset=Subset(dataset(), np.setdiff1d(np.arange(N), [*FORGET, 20, 33]).tolist()),
+        criterion=nn.CrossEntropyLoss(),
+        checkpoint=first.checkpoint,
+        output=trained.directory / "second",
+        seed=6,
+        progress=False,
+    )
+    assert second_plan.training_steps == 60 + first.steps
+    for run in (first, second):
+        assert verify(run.certificate, ledger=trained.ledger, checkpoint=run.checkpoint).valid
+    assert not verify(first.certificate, ledger=trained.ledger, checkpoint=second.checkpoint).valid
+    assert not any(np.isin(step.positions, [*FORGET]).any() for step in unlearn_steps(trained.ledger))
+    with pytest.raises(PlanError, match="PIA032"):
+        trained.plan([20])

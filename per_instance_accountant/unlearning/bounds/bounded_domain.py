@@ -64,8 +64,9 @@ class BoundedDomain(Bound):
         grown = (orders - 1) * loss
         with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
             log_excess = np.where(grown > 30, grown, np.log(np.expm1(np.minimum(grown, 30.0))))
-            value = np.logaddexp(0.0, log_excess + shrunk) / (orders - 1) * (1 + 1e-12)
-        value = np.where(log_excess + shrunk < -30, np.exp(log_excess + shrunk) / (orders - 1), value)
+            left = log_excess + shrunk
+            value = np.logaddexp(0.0, left) / (orders - 1) * (1 + 1e-12)
+        value = np.where(left < -30, np.exp(np.minimum(left, 0.0)) / (orders - 1), value)
         return np.where(np.isfinite(loss), np.minimum(value * (1 + 1e-12), loss), np.inf)
 
     def mu(self, steps: int) -> None:
