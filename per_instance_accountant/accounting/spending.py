@@ -270,6 +270,4 @@ def certified_budget(ledger: Ledger) -> CertifiedBudget | None:
         else:
             step = sampled_gaussian_rdp(phase.amplification_rate, [clip_ratio(phase)], spending.orders)[0]
             budgets += steps * step[spending.which] * _SLACK
-    return CertifiedBudget(
-        family=spending.filter.family, orders=spending.filter.orders, budgets=budgets
-    )
+    return CertifiedBudget(family=spending.filter.family, orders=spending.filter.orders, budgets=budgets)

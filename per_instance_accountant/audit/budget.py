@@ -50,6 +50,8 @@ class BudgetAudit:
     groups: Mapping[str, NDArray[Any]]
     phases: tuple[Phase, ...]
     digest: str
+    certified_budget: NDArray[np.float64] | None = None
+    """(N,) epsilon that is CERTIFIED for each instance because a privacy filter kept to it; None without."""
 
     def top(self, k: int = 10) -> list[dict[str, Any]]:
         """The ``k`` instances with the largest epsilon, largest first; ties in order of position."""
@@ -137,13 +139,21 @@ class BudgetAudit:
                 str(q): v for q, v in zip(QUANTILES, self.quantiles().tolist(), strict=True)
             },
             "epsilon_max": float(self.epsilon.max()),
+            **self._certified_summary(),
             "ledger": self.digest,
         }
+
+    def _certified_summary(self) -> dict[str, float]:
+        if self.certified_budget is None:
+            return {}
+        return {"epsilon_certified_max": float(self.certified_budget.max())}
 
     def to_arrow(self) -> pa.Table:
         """One row per instance: id, epsilon, basis, and the group labels."""
         columns: dict[str, Any] = {"id": pa.array(self.ids), "epsilon": pa.array(self.epsilon)}
         columns["basis"] = pa.array([str(self.basis)] * len(self.ids))
+        if self.certified_budget is not None:
+            columns["epsilon_certified"] = pa.array(self.certified_budget)
         return pa.table(columns | {f"group_{name}": pa.array(labels) for name, labels in self.groups.items()})
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
@@ -203,10 +213,12 @@ def audit_budgets(
         account(ledger, charging, partition=(start, min(start + rows, size)))
         for start in range(0, size, rows)
     )
-    parts = [(_epsilons(loss, delta, tight), _without_curves(loss)) for loss in losses]
-    loss = parts[0][1]
+    parts = [
+        (_epsilons(loss, delta, tight), _certified(loss, delta), _without_curves(loss)) for loss in losses
+    ]
+    loss, certified = parts[0][2], [budget for _, budget, _ in parts if budget is not None]
     return BudgetAudit(
-        epsilon=np.concatenate([epsilon for epsilon, _ in parts]),
+        epsilon=np.concatenate([epsilon for epsilon, _, _ in parts]),
         ids=ledger.ids,
         basis=loss.basis,
         charging=loss.charging,
@@ -218,7 +230,12 @@ def audit_budgets(
         groups=ledger.groups,
         phases=ledger.phases,
         digest=loss.digest,
+        certified_budget=np.concatenate(certified) if certified else None,
     )
+
+
+def _certified(loss: IndividualLoss, delta: float) -> NDArray[np.float64] | None:
+    return None if loss.certified_budget is None else loss.certified_epsilon(delta)
 
 
 def _epsilons(loss: IndividualLoss, delta: float, tight: bool) -> NDArray[np.float64]:

@@ -39,6 +39,13 @@ def statement_text(audit: BudgetAudit) -> str:
         f"Individual values rest on {'+'.join(audit.charging)}. {_MEANING[audit.basis]}",
         "Individual values depend on the data. Treat them like the training data.",
     ]
+    if audit.certified_budget is not None:
+        largest = rounded_up(float(audit.certified_budget.max()))
+        lines.insert(
+            7,
+            "A privacy filter let every instance leave before it exceeded its budget, "
+            f"at most epsilon {largest} at delta {audit.delta:g}: CERTIFIED.",
+        )
     if audit.num_abandoned_steps:
         repeated = f"{audit.num_abandoned_steps} of the steps were repeated after a checkpoint was loaded"
         lines.insert(4, f"{repeated}; both are charged.")

@@ -16,6 +16,7 @@ from per_instance_accountant import (
     Unamplified,
     WorstCase,
     account,
+    audit,
 )
 from per_instance_accountant.accounting import certified_budget
 from per_instance_accountant.divergence import sampled_gaussian_rdp
@@ -258,6 +259,11 @@ def test_budgets_in_epsilon_and_by_group(start):
     assert training.engine.dropped[:40].any() and not training.engine.dropped[40:].any()
     epsilon = account(training.engine.ledger).certified_epsilon(1e-5)
     assert (epsilon[:40] <= 3.0).all() and (epsilon[:40] > 2.99).all() and (epsilon[40:] <= 9.0).all()
+    found = audit(training.engine.ledger, delta=1e-5)
+    assert np.array_equal(found.certified_budget, epsilon) and str(found.basis) == "OUTPUT_SPECIFIC"
+    assert "A privacy filter let every instance leave" in found.statement()
+    assert found.to_dict()["epsilon_certified_max"] == epsilon.max()
+    assert found.to_arrow()["epsilon_certified"].to_pylist() == epsilon.tolist()
     stated = next(event for event in training.engine.ledger.events() if isinstance(event, Filter))
     assert len(np.unique(stated.orders)) == 2
 
