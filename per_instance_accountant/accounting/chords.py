@@ -41,16 +41,24 @@ class ChordTables:
         self.grid = SensitivityGrid(bits=6, octaves=16)
         self._nodes = self.grid.nodes
         self._scale: dict[float, float] = {}
+        self._ratios: dict[float, set[float]] = {}
         for phase in phases:
             rate, ratio = phase.amplification_rate, clip_ratio(phase)
+            self._ratios.setdefault(rate, set()).add(ratio)
             if np.isfinite(ratio):
                 self._scale[rate] = max(self._scale.get(rate, 0.0), ratio)
         self._tables: dict[float, tuple[Array, NDArray[np.bool_]]] = {}
+        self._tops: dict[tuple[float, float], Array] = {}
 
     def top(self, phase: Phase) -> Array:
         """(orders,) loss of one step at the clip norm, exact."""
-        ratio = clip_ratio(phase)
-        return np.asarray(sampled_gaussian_rdp(phase.amplification_rate, [ratio], self.orders)[0])
+        rate, ratio = phase.amplification_rate, clip_ratio(phase)
+        if (rate, ratio) not in self._tops:
+            # All mechanisms of the rate at once: one by one a schedule would cost far more.
+            ratios = np.array(sorted(self._ratios[rate]))
+            rows = sampled_gaussian_rdp(rate, ratios, self.orders)
+            self._tops |= {(rate, float(r)): row for r, row in zip(ratios, rows, strict=True)}
+        return self._tops[rate, ratio]
 
     def losses(self, phase: Phase, squared: Array, steps: NDArray[np.int64]) -> Array:
         """(n, orders) upper bounds of the losses of ``steps`` steps (n,) at ``squared = (bound /
