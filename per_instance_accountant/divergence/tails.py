@@ -81,9 +81,8 @@ def make_tail(
 ) -> Tail:
     """The bound on one line for runs with counts (n, k); depth: about ``-log delta``; effort: 0 .. 3."""
     count = _NODES[effort]
-    if effort >= 2:
-        used = (counts > 0).any(axis=0)
-        counts, levels = counts[:, used], (levels[0][used], levels[1][used])
+    used = (counts > 0).any(axis=0)
+    counts, levels = counts[:, used], (levels[0][used], levels[1][used])
     spacing = 2 * math.pi * abscissa / (20 + 2 * depth)
     line = _line(levels[0].tobytes(), levels[1].tobytes(), abscissa, spacing, count, add)
     nodes, edges = line.nodes, spacing * count * _EDGES
