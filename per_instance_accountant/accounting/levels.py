@@ -13,7 +13,7 @@ from per_instance_accountant.divergence import sampled_gaussian_epsilon
 
 Floats = NDArray[np.float64]
 
-_LEVELS: Final = 192
+_LEVELS: Final = 256
 _BINS: Final = 8192
 _DECADES: Final = 4.0
 """Ratios below 10^-_DECADES of the largest share one level."""
@@ -33,7 +33,7 @@ class Span:
 def tight_epsilon(spans: tuple[Span, ...], delta: float) -> Floats:
     """(n,) upper bounds of epsilon of n instances whose bounds were all fixed before the run.
 
-    Ratios are rounded UP to at most 192 levels per sample rate, chosen where ratios are dense.
+    Ratios are rounded UP to at most 256 levels per sample rate, chosen where ratios are dense.
     Bounds that were chosen during the run do not belong here (docs/math/tight_epsilon.md).
 
     >>> span = Span(steps=1000, sample_rate=0.02, ratios=np.array([0.0, 0.5, 1.0], np.float32))
@@ -85,4 +85,7 @@ def _levels(spans: list[Span]) -> Floats:
     share = np.cumsum(np.sqrt(mass))
     wanted = share[-1] * np.arange(1, _LEVELS) / (_LEVELS - 1)
     inner = edges[1:][np.minimum(np.searchsorted(share, wanted), _BINS - 1)]
-    return np.unique(np.concatenate([distinct[:1], edges[:1], inner, [top], distinct[finite.size :]]))
+    grid = np.concatenate([distinct[:1], edges[:1], inner, [top]])
+    # The largest ratio at or below a level serves the same ratios and costs less.
+    lowered = finite[np.maximum(np.searchsorted(finite, grid, side="right") - 1, 0)]
+    return np.unique(np.concatenate([lowered, distinct[finite.size :]]))

@@ -103,7 +103,7 @@ def test_lies_inside_the_error_bars_of_prv_accountant(
     assert low <= sampled_gaussian_epsilon(rate, ratios, counts, delta) <= high
 
 
-@settings(max_examples=12, phases=[Phase.generate], deadline=None, derandomize=True)
+@settings(max_examples=6, phases=[Phase.generate], deadline=None, derandomize=True)
 @given(
     rate=st.floats(1e-4, 0.95),
     ratio=st.floats(0.05, 4.0),
@@ -151,7 +151,7 @@ RUNS = st.builds(
 RATIOS = np.array([0.05, 0.2, 0.6, 1.1])
 
 
-@settings(max_examples=3, deadline=None, derandomize=True, phases=[Phase.generate])
+@settings(max_examples=2, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(counts=RUNS, rate=st.sampled_from([0.01, 0.2]), delta=st.sampled_from([1e-7, 1e-5, 1e-3]))
 def test_laws_of_many_runs(counts: np.ndarray, rate: float, delta: float) -> None:
     epsilon = sampled_gaussian_epsilon(rate, RATIOS, counts, delta)
