@@ -13,6 +13,7 @@ from per_instance_accountant.accounting.rules import (
     Unamplified,
     WorstCase,
 )
+from per_instance_accountant.accounting.running import RunningLoss
 from per_instance_accountant.accounting.spending import CertifiedBudget, Spending, certified_budget
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "LastSeen",
     "Odometer",
     "PrivacyFilter",
+    "RunningLoss",
     "Spending",
     "Sweep",
     "Unamplified",

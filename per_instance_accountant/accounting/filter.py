@@ -40,7 +40,8 @@ class PrivacyFilter:
 
     on_spent: ``"drop"`` lets everybody else train on, with the same rates and normalisers; ``"stop"``
     ends the loop over the loader before the first step that would exceed any budget, and ``"raise"``
-    raises BudgetExceeded there. Raises UsageError PIA070, PIA071.
+    raises BudgetExceeded there; both only with ``WorstCase`` and one budget, because the end of a
+    run is released. Raises UsageError PIA070, PIA071.
 
     >>> PrivacyFilter(budget=8.0, delta=1e-5).on_spent
     'drop'
