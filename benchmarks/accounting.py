@@ -183,8 +183,8 @@ def peer_figures(quick: bool) -> dict[str, Figure]:
     theirs = seconds(lambda: accountant.get_epsilon(DELTA), 1)
 
     def odometer() -> None:
-        for start in range(0, instances, 500):
-            part = paths[:, start : start + 500].astype(np.float64) ** 2
+        for start in range(0, instances, 4000):
+            part = paths[:, start : start + 4000].astype(np.float64) ** 2
             track = Odometer(part.shape[1], RATE, 1.0)
             for row in part:
                 track.set_bounds(slice(None), row)

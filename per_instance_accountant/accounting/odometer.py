@@ -32,7 +32,7 @@ class Odometer:
 
     The charge is split over the two grid nodes around v (the chord of docs/math/individual_loss.md),
     the share of the upper node rounded up to 1/256, so the totals are upper bounds and no rounding
-    error ever adds up. ``4 * 146 + 16`` bytes per instance. Epsilons are on the basis of the bounds
+    error ever adds up. ``4 * 146 + 20`` bytes per instance. Epsilons are on the basis of the bounds
     that were charged.
 
     >>> odometer = Odometer(num_instances=2, sample_rate=0.01, ratio=1.0)
@@ -51,13 +51,14 @@ class Odometer:
         self._counts = np.zeros((num_instances, _NODES), dtype=np.uint32)
         self._place = np.full(num_instances, (_NODES - 2) * _UNITS + _UNITS, dtype=np.int32)
         self._since = np.zeros(num_instances, dtype=np.int64)
+        self._first = np.arange(num_instances, dtype=np.int64) * _NODES
         self._step = 0
         self._tables: dict[bytes, Floats] = {}
 
     @property
     def bytes_per_instance(self) -> float:
         """Memory that the totals take."""
-        return (self._counts.nbytes + self._place.nbytes + self._since.nbytes) / len(self._place)
+        return (self._counts.nbytes + self._place.nbytes + 2 * self._since.nbytes) / len(self._place)
 
     def advance(self, steps: int = 1) -> None:
         """Charge ``steps`` steps to everybody at the present bounds; constant time."""
@@ -99,17 +100,16 @@ class Odometer:
 
     def _settle(self, positions: NDArray[np.int64] | slice) -> None:
         """Bring the counts of ``positions`` up to date."""
-        rows = np.arange(len(self._place))[positions] if isinstance(positions, slice) else positions
-        steps = self._step - self._since[rows]
-        place = self._place[rows]
+        steps = self._step - self._since[positions]
+        place = self._place[positions]
         upper = place & (_UNITS - 1)
-        index = rows * _NODES + (place >> 8)
+        index = self._first[positions] + (place >> 8)
         flat = self._counts.reshape(-1)
         flat[index] += (steps * (_UNITS - upper)).astype(np.uint32)
         # The last node has nothing above it, and then nothing to add there.
         index += upper > 0
         flat[index] += (steps * upper).astype(np.uint32)
-        self._since[rows] = self._step
+        self._since[positions] = self._step
 
     def _table(self, orders: Floats) -> Floats:
         """(nodes, m): cost of one unit."""

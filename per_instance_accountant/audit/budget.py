@@ -114,11 +114,12 @@ class BudgetAudit:
         """A flat dictionary for any experiment logger."""
         levels = dict(zip(QUANTILES, self.quantiles().tolist(), strict=True))
         return {
-            "privacy/epsilon_worst_case": self.worst_case,
-            "privacy/epsilon_worst_case_tight": self.worst_case_tight,
+            "privacy/epsilon_worst": self.worst_case,
+            "privacy/epsilon_worst_tight": self.worst_case_tight,
             **{f"privacy/epsilon_p{round(100 * q)}": value for q, value in levels.items()},
             "privacy/epsilon_max": float(self.epsilon.max()),
             "privacy/delta": self.delta,
+            "privacy/certified": float(self.basis is Basis.CERTIFIED),
         }
 
     def statement(self) -> str:

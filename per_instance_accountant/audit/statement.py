@@ -36,6 +36,7 @@ def statement_text(audit: BudgetAudit) -> str:
         f"Released: all {audit.num_steps} noisy updates, hence every checkpoint and the final model.",
         "Not covered: hyperparameter search, later use of the data, floating-point and timing side channels.",
         f"The worst case is epsilon {rounded_up(audit.worst_case)} at delta {audit.delta:g}: CERTIFIED.",
+        f"From the law of the privacy loss itself it is {rounded_up(audit.worst_case_tight)}: CERTIFIED.",
         f"Individual values rest on {'+'.join(audit.charging)}. {_MEANING[audit.basis]}",
         "Individual values depend on the data. Treat them like the training data.",
     ]
@@ -45,6 +46,10 @@ def statement_text(audit: BudgetAudit) -> str:
             7,
             "A privacy filter let every instance leave before it exceeded its budget, "
             f"at most epsilon {largest} at delta {audit.delta:g}: CERTIFIED.",
+        )
+    if len({(p.noise_std, p.max_grad_norm, p.amplification_rate) for p in audit.phases}) > 1:
+        lines.insert(
+            4, "Noise, clip norm or rate changed: the numbers hold if the schedule was fixed before."
         )
     if audit.num_abandoned_steps:
         repeated = f"{audit.num_abandoned_steps} of the steps were repeated after a checkpoint was loaded"
