@@ -101,7 +101,7 @@ class RunningLoss:
             curves += np.outer(self._squared * (1 + 1e-9), self.orders / 2)
         if self._odometer is not None:
             curves += self._odometer.rdp(self.orders)
-        return curves
+        return np.minimum(curves, self._worst * (1 + 1e-9))
 
     def _take_phase(self, phase: Phase) -> None:
         if self._phase is not None and _charged_alike(phase, self._phase):
@@ -154,10 +154,10 @@ class RunningLoss:
         if phase.charging == "unamplified" and self._squared is not None:
             self._squared[step.positions] += (np.nextafter(contributions, np.inf) / phase.noise_std) ** 2
         elif self._odometer is not None:
-            self._odometer.advance()
             if phase.charging == "last_seen":
                 self._seen[step.positions] = contributions
                 self._odometer.set_bounds(step.positions, self._shares(contributions))
+            self._odometer.advance()
 
     def _worst_step(self, phase: Phase, contributions: Array) -> Array:
         """At the clip norm, or at as many as one instance of a loader with replacement can have
