@@ -41,6 +41,8 @@ class Progress:
         """Whether the last step is a mere intent so far: nothing of the same session follows it."""
         self._phase_at = self._thresholds_at = -1
         self._phase_stale = self._thresholds_stale = False
+        self._fixed: NDArray[np.float32] | None = None
+        """Thresholds chosen before training; nothing else may be called fixed."""
         self._forgotten: NDArray[np.bool_] | None = None
         self._dropped: NDArray[np.bool_] | None = None
         """Who was dropped by the filter; None without a filter."""
@@ -82,9 +84,20 @@ class Progress:
                 f"{event.values.size} thresholds for {self.num_instances} instances",
                 "Thresholds(values=np.zeros(run.num_instances, np.float32), source=...)",
             )
+        late = self._fixed is None and self.num_steps > 0
+        if event.source == "fixed" and (late or self._differs_from_fixed(event)):
+            raise _contradiction(
+                "thresholds were stated as fixed after the first step, or changed",
+                'state them before training, or as source="sweep": what is released may have shaped them',
+            )
+
+    def _differs_from_fixed(self, event: Thresholds) -> bool:
+        return self._fixed is not None and not np.array_equal(self._fixed, event.values)
 
     def _apply_thresholds(self, event: Thresholds) -> None:
         self._thresholds_at, self._thresholds_stale, self.pending = self.num_steps, False, False
+        if event.source == "fixed":
+            self._fixed = event.values
         if event.source == "forget":
             # For good, also across a Resume: whoever reads the ledger charges a forgotten instance nothing.
             removed = event.values == 0

@@ -20,6 +20,9 @@ from per_instance_accountant.opacus_adapter.recording import Observation, Record
 SAFE_LOOP = "zero_grad, one forward, one backward, one optimizer.step() for each batch of the returned loader"
 SWEEP_BATCH = 256
 
+LOOK_BACK = 16
+"""How many unused batches are remembered, to notice a loop that reads further ahead than it trains."""
+
 
 class Tracker:
     """State of one tracked optimizer. Made by :func:`attach`; read :attr:`ledger`, call :meth:`abandon`.
@@ -40,7 +43,8 @@ class Tracker:
 
     def _forget(self) -> None:
         self._batch: Delivery | None = None
-        self._stale: Any = None
+        self._stale: list[Any] = []
+        """Batches handed out and not used since the last one that was."""
         """Content of a batch that was replaced by a later one before it was used."""
         self._forwards = 0
         self._mechanism: tuple[float, float] | None = None
@@ -112,13 +116,14 @@ class Tracker:
         if self._pending:
             _broken("a part of a logical batch was skipped after another part had been accumulated")
         self._skipped = (batch.loop, batch.part.logical)
-        self._stale, self._batch, self._measured = batch.content, None, None
+        self._stale = [*self._stale[-LOOK_BACK:], batch.content]
+        self._batch, self._measured = None, None
         # A forward pass whose backward pass ran leaves nothing behind; one without spoils the next batch.
         if not any(getattr(p, "_forward_counter", 0) for p in self.optimizer.params):
             self._forwards = 0
 
     def _sweep(self, limit: int) -> None:
-        stale, self._stale = self._stale, None
+        stale, self._stale = self._stale, []
         forwards = self._forwards
         try:
             self.recorder.sweep_if_due(limit)
@@ -130,7 +135,7 @@ class Tracker:
     def count_forward(self, module: torch.nn.Module, inputs: Any) -> None:
         """Counts the forward passes that leave per-sample gradients behind. Raises AlignmentError PIA007."""
         if module.training and torch.is_grad_enabled():
-            if self._stale is not None:
+            if self._stale:
                 self._check_identity(inputs)
             self._forwards += 1
 
@@ -257,7 +262,7 @@ class Tracker:
         """The measured batch is in the clipped sum."""
         if self._measured is not None:
             self._pending.append(self._measured)
-        self._batch, self._stale, self._measured, self._forwards = None, None, None, 0
+        self._batch, self._stale, self._measured, self._forwards = None, [], None, 0
 
     def record(self) -> None:
         """Write the step, before noise is added. Raises LedgerError, and then nothing may be released."""
@@ -319,9 +324,9 @@ class ForwardWatch:
     def __init__(self, tracker: Tracker | None = None) -> None:
         self.tracker = tracker
 
-    def __call__(self, module: torch.nn.Module, inputs: Any) -> None:
+    def __call__(self, module: torch.nn.Module, inputs: Any, named: Any) -> None:
         if self.tracker is not None:
-            self.tracker.count_forward(module, inputs)
+            self.tracker.count_forward(module, [inputs, named])
 
     def __reduce__(self) -> Any:
         return ForwardWatch, ()

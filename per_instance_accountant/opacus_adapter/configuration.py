@@ -154,6 +154,7 @@ def describe_setting(
         charging=choose_charging(charging, poisson),
         sampling="poisson" if poisson else "shuffled",
         sample_rate=float(rate),
+        sampler=sampler if poisson else None,
         grad_sample_mode="ghost" if isinstance(module, GHOST_MODULES) else mode,
         kind=kind,
         plan_digest=plan_digest,

@@ -92,7 +92,7 @@ def attach(
     install(optimizer, tracker)
     if isinstance(module, check.GHOST_MODULES):
         install_ghost(module, tracker)
-    core.register_forward_pre_hook(ForwardWatch(tracker))
+    core.register_forward_pre_hook(ForwardWatch(tracker), with_kwargs=True)
     return tracker, loader
 
 
@@ -155,6 +155,20 @@ class PrivacyEngine(opacus.PrivacyEngine):
     def ledger(self) -> Ledger:
         """The facts recorded so far."""
         return self.tracker.ledger
+
+    def metrics(self, delta: float) -> dict[str, float]:
+        """Running epsilons as one flat dictionary for any logger: ``privacy/epsilon_worst`` (CERTIFIED),
+        ``_max``, ``_p50``, ``_p90``, ``_p99`` (on the basis of the charging rule), ``privacy/steps``, and
+        with a filter ``privacy/dropped``. Upper bounds, as private as the data. From the first call on every
+        step costs O(batch) more.
+
+        Raises UsageError PIA070 for an impossible delta or before make_private.
+        """
+        recorder = self.tracker.recorder
+        values = recorder.running.metrics(delta)
+        if recorder.spending is not None:
+            values["privacy/dropped"] = float(recorder.spending.dropped.sum())
+        return values
 
     @property
     def _spending(self) -> Spending:

@@ -21,6 +21,9 @@ Sampler = Callable[[Any, Any, torch.Tensor], Gradients]
 """(layer, activations, backpropagated signals) -> Gradients."""
 
 
+_EXACT = (torch.float32, torch.float64)
+
+
 class GhostFactors:
     """``get_clipping_coef`` of a tracked module: the only place where ghost clipping scales an instance.
 
@@ -66,11 +69,25 @@ def norm_sampler(module: Any, kind: type) -> Sampler:
     return partial(_block_norms, ft_compute_per_sample_gradient if functorch else module.GRAD_SAMPLERS[kind])
 
 
+def _refuse_low_precision(*tensors: Any) -> None:
+    """Before anything is cast: gradients of bfloat16 signals are larger than float64 norms of them say."""
+    for tensor in tensors:
+        if torch.is_tensor(tensor) and tensor.is_floating_point() and tensor.dtype not in _EXACT:
+            raise UnsupportedError(
+                "PIA060",
+                "a forward or backward pass ran in low precision under ghost clipping",
+                "The released gradients would be larger than their recorded norms",
+                "train without autocast, or grad_sample_mode='hooks'",
+            )
+
+
 def _float64_norms(sampler: Sampler, layer: Any, activations: Any, backprops: torch.Tensor) -> Gradients:
+    _refuse_low_precision(backprops, *activations)
     return sampler(layer, activations, backprops.double())
 
 
 def _block_norms(sampler: Sampler, layer: Any, activations: Any, backprops: torch.Tensor) -> Gradients:
+    _refuse_low_precision(backprops, *activations)
     found = sampler(layer, activations, backprops)
     return {p: row_squares([gradient]).sqrt() for p, gradient in found.items()}
 
@@ -84,6 +101,7 @@ def linear_norms(
     its rounding can exceed a norm that is small by cancellation; in float64 it cannot, for norms worth
     clipping.
     """
+    _refuse_low_precision(backprops, activations[0])
     left = backprops.double().flatten(1, -2) if backprops.dim() > 2 else backprops.double().unsqueeze(1)
     right = activations[0].double().reshape(*left.shape[:2], activations[0].shape[-1])
     norms: Gradients = {}
@@ -102,10 +120,10 @@ def ghost_norms(module: Any) -> torch.Tensor:
     """Upper bounds (B,) float64 of the norms whose parts the first backward pass of ghost clipping left on
     the parameters; taken away, so that none is used twice.
 
-    Raises AlignmentError PIA003 when a trainable parameter has no norm for this batch, UnsupportedError
-    PIA060 when norms were computed in low precision.
+    Raises AlignmentError PIA003 when a trainable parameter has no norm for this batch.
     """
-    parameters = module.trainable_parameters
+    # Asked anew: a layer that was unfrozen after wrapping would be released without having been clipped.
+    parameters = [p for p in module._module.parameters() if p.requires_grad]
     parts: list[torch.Tensor] = [
         p._norm_sample for p in parameters if getattr(p, "_norm_sample", None) is not None
     ]
@@ -117,14 +135,7 @@ def ghost_norms(module: Any) -> torch.Tensor:
             "Norms of an earlier batch would have been used, so instances could enter the sum unclipped",
             "layer.requires_grad_(False) for layers that not every forward pass uses",
         )
-    if any(part.dtype not in (torch.float32, torch.float64) for part in parts):
-        raise UnsupportedError(
-            "PIA060",
-            "ghost clipping computed norms in low precision",
-            "Rounding can make a norm 0, and its gradient would enter the sum unclipped",
-            "train without autocast, or grad_sample_mode='hooks'",
-        )
-    for p in parameters:
+    for p in module._module.parameters():
         p._norm_sample = None
     norms = torch.stack([part.to(parts[0].device, torch.float64) for part in parts]).norm(dim=0)
     module.per_sample_gradient_norms = norms.float()

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from opacus.optimizers import DPOptimizer
 
 from per_instance_accountant.accounting.filter import PrivacyFilter
-from per_instance_accountant.accounting.rules import ChargingRule, FixedThresholds, Sweep
+from per_instance_accountant.accounting.rules import ChargingRule, FixedThresholds, Sweep, WorstCase
+from per_instance_accountant.accounting.running import RunningLoss
 from per_instance_accountant.accounting.spending import Spending
 from per_instance_accountant.errors import BudgetExceeded, GuaranteeError, LedgerError, UsageError
 from per_instance_accountant.ledger import (
@@ -52,6 +53,8 @@ class Setting:
     positions: NDArray[np.int64] | None = None
     """Row of the loader's dataset -> dataset position of the run; None when they are the same."""
     budget: PrivacyFilter | None = None
+    sampler: Any = None
+    """The Poisson sampler, whose rate must stay ``sample_rate``; None for other loaders."""
 
 
 class Recorder:
@@ -77,6 +80,7 @@ class Recorder:
         self._compared: list[Norms] = []
         self.spending: Spending | None = None
         """What was spent of the budgets of a privacy filter; None without one."""
+        self._running: RunningLoss | None = None
         self._stated: tuple[Any, ...] | None = None
         """What the last Phase was made of."""
         self._path = None if isinstance(ledger, LedgerWriter) else ledger
@@ -84,7 +88,9 @@ class Recorder:
         # A mechanism that no ledger could describe is refused now, not after the first gradients.
         mechanism = self.mechanism()
         if setting.budget is not None:
-            setting.budget.stated(setting.budget.per_instance(run.num_instances, run.groups), mechanism)
+            budgets = setting.budget.per_instance(run.num_instances, run.groups)
+            setting.budget.stated(budgets, mechanism)
+            _refuse_private_end(setting, budgets)
         if isinstance(ledger, LedgerWriter):
             self._adopt(ledger)
 
@@ -115,7 +121,7 @@ class Recorder:
                 "Positions would name other instances than the ones that were trained on",
                 "load the data set that the ledger was written for, in the same order",
             )
-        self.spending = self._adopt_filter(recorded, writer)
+        self.spending, self._running = self._adopt_filter(recorded, writer), None
         fixed, in_force = _recorded_thresholds(recorded)
         given = self.thresholds if self._sweep is None else None
         if fixed is not None and given is not None and not np.array_equal(fixed, given):
@@ -161,8 +167,17 @@ class Recorder:
 
     def _append(self, writer: LedgerWriter, event: Event) -> None:
         writer.append(event)
-        if self.spending is not None:
-            self.spending.take(event)
+        for follower in (self.spending, self._running):
+            if follower is not None:
+                follower.take(event)
+
+    @property
+    def running(self) -> RunningLoss:
+        """Running totals, which follow every event from the first time on that they were asked for."""
+        writer = self.writer
+        if self._running is None:
+            self._running = RunningLoss.of(writer.ledger())
+        return self._running
 
     def enforce_budgets(self) -> None:
         """Drop whoever the next step would take beyond the budget, or raise BudgetExceeded PIA020
@@ -259,6 +274,7 @@ class Recorder:
 
         Raises LedgerError, and UsageError for a mechanism without a bound; then nothing may be released.
         """
+        self._refuse_new_rate()
         step, writer, inputs = self._step(observations), self.writer, self._inputs()
         if inputs != self._stated:
             self._append(writer, self.mechanism())
@@ -266,6 +282,17 @@ class Recorder:
         self._append(writer, step)
         self._swept, self._compared = None, []
         self._until_sweep = max(0, self._until_sweep - 1)
+
+    def _refuse_new_rate(self) -> None:
+        """Batches may be on their way from workers, so nobody knows which of them a new rate drew."""
+        sampler = self.setting.sampler
+        if sampler is not None and float(sampler.sample_rate) != self.setting.sample_rate:
+            raise GuaranteeError(
+                "PIA010",
+                f"the sample rate was changed from {self.setting.sample_rate} to {sampler.sample_rate}",
+                "Steps would be charged at a rate they were not drawn at",
+                "make_private with a new loader and engine.load_checkpoint for another rate",
+            )
 
     def compare_loss(self, rows: NDArray[np.int64], norms: Norms, *, first: bool, last: bool) -> None:
         """Compare the norms of a part of a logical batch with those of the sweep at the same parameters.
@@ -297,10 +324,14 @@ class Recorder:
             positions = np.concatenate([p for p, _ in observations])
             contributions = np.concatenate([c for _, c in observations])
         if self.setting.sampling != "poisson":
-            # A replacement sampler may draw an instance twice: its vectors add up in the release.
+            # A replacement sampler may draw an instance m times. Clipping allows it m clip norms then,
+            # whatever its gradients are now, and the worst case must know m. A filter lets it in once.
             positions, inverse = np.unique(positions, return_inverse=True)
-            total = np.bincount(inverse, contributions.astype(np.float64), len(positions))
-            contributions = round_up(total.astype(np.float64))
+            total = np.bincount(inverse, contributions.astype(np.float64), len(positions)).astype(np.float64)
+            drawn = np.bincount(inverse, minlength=len(positions))
+            repeated = drawn * float(self.optimizer.max_grad_norm)
+            several = (drawn > 1) & (self.spending is None)
+            contributions = round_up(np.where(several, np.maximum(total, repeated), total))
         return Step(positions=positions, contributions=contributions)
 
     def _inputs(self) -> tuple[Any, ...]:
@@ -330,6 +361,19 @@ class Recorder:
             grad_sample_mode=setting.grad_sample_mode,
             plan_digest=setting.plan_digest,
             projection_radius=setting.projection_radius,
+        )
+
+
+def _refuse_private_end(setting: Setting, budgets: Norms) -> None:
+    """Dropping is invisible to the others; the number of steps is not. A run may end by a budget only where
+    the end follows from public numbers: everybody charged the clip norm, one budget."""
+    public = isinstance(setting.charging, WorstCase) and len(np.unique(budgets)) == 1
+    if setting.budget is not None and setting.budget.on_spent != "drop" and not public:
+        raise GuaranteeError(
+            "PIA012",
+            f"on_spent={setting.budget.on_spent!r} with charging rule {setting.charging.name!r}",
+            "The number of steps would tell when one instance's own losses were spent: no bound holds",
+            'PrivacyFilter(on_spent="drop"), or charging=WorstCase() with one budget for everybody',
         )
 
 

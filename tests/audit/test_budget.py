@@ -133,5 +133,5 @@ def test_delta_outside_its_range_is_refused(delta: float) -> None:
 
 def test_metrics_are_flat_numbers(result: BudgetAudit) -> None:
     metrics = result.metrics()
-    assert metrics["privacy/epsilon_worst_case"] == result.worst_case
+    assert metrics["privacy/epsilon_worst"] == result.worst_case
     assert all(isinstance(value, float) for value in metrics.values())

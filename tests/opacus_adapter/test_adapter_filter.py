@@ -130,20 +130,29 @@ def test_the_others_are_accounted_for_as_without_the_filter(start):
         assert np.array_equal(one.positions, other.positions)
 
 
-@pytest.mark.parametrize("rule", ["worst_case", "sweep"])
 @pytest.mark.parametrize("limit", [None, 4])
-def test_stop_and_raise(start, rule, limit):
-    stopping = start(engine(rules()[rule], budget=0.2, on_spent="stop"), noise_multiplier=2.0).train(6, limit)
+def test_stop_and_raise(start, limit):
+    stopping = start(engine(WorstCase(), budget=0.2, on_spent="stop"), noise_multiplier=2.0).train(6, limit)
     taken = stopping.engine.ledger.num_steps
     assert 0 < taken < 6 * len(stopping.loader) and stopping.engine.would_exceed.any()
     assert (stopping.engine.spent <= 0.2).all() and not stopping.engine.dropped.any()
     with stopping.physical(limit) as loader:
         assert list(loader) == []
-    raising = start(engine(rules()[rule], budget=0.2, on_spent="raise"), noise_multiplier=2.0)
+    raising = start(engine(WorstCase(), budget=0.2, on_spent="raise"), noise_multiplier=2.0)
     with pytest.raises(BudgetExceeded, match="PIA020"):
         raising.train(6, limit)
     assert raising.engine.ledger.num_steps == taken
     assert torch.equal(raising.weights, stopping.weights)
+
+
+@pytest.mark.parametrize("on_spent", ["stop", "raise"])
+def test_the_number_of_steps_must_not_depend_on_one_instance(start, on_spent):
+    """It is released: without the instance that ends the run, the run goes on."""
+    for charging in (rules()["fixed"], rules()["sweep"]):
+        with pytest.raises(GuaranteeError, match="PIA012"):
+            start(engine(charging, on_spent=on_spent))
+    with pytest.raises(GuaranteeError, match="PIA012"):
+        start(engine(WorstCase(), budget=np.linspace(1, 2, N), on_spent=on_spent))
 
 
 def test_would_exceed_is_who_leaves_before_the_next_step(start):
@@ -282,3 +291,20 @@ def test_a_shuffled_loader(start):
     assert loader.batch_size == 12
     training = start(engine(budget=3.0), loader={"shuffle": True}, poisson_sampling=False).train(10, 5)
     assert training.engine.dropped.any() and (training.engine.spent <= 3.0).all()
+
+
+@pytest.mark.parametrize("rule", ["worst_case", "fixed", "sweep", "unamplified"])
+def test_metrics_follow_the_run(start, rule):
+    """Asked for in the middle or only at the end: the same numbers, upper bounds of the audit's."""
+    budget = np.linspace(0.02, 0.6, N) * (6.0 if rule == "unamplified" else 1.0)
+    training = start(engine(rules()[rule], budget=budget), noise_multiplier=2.0)
+    early = training.train(1).engine.metrics(1e-5)
+    late = training.train(2).engine.metrics(1e-5)
+    training.engine.tracker.recorder._running = None
+    assert training.engine.metrics(1e-5) == late
+    assert early["privacy/steps"] < late["privacy/steps"] == training.engine.ledger.num_steps
+    assert late["privacy/dropped"] == training.engine.dropped.sum() > 0
+    found = audit(training.engine.ledger, delta=1e-5)
+    assert found.epsilon.max() <= late["privacy/epsilon_max"]
+    assert found.worst_case <= late["privacy/epsilon_worst"]
+    assert "privacy/dropped" not in start(PrivacyEngine(accountant="rdp")).train().engine.metrics(1e-5)

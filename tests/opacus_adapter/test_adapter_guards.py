@@ -16,7 +16,7 @@ from opacus.schedulers import ExponentialGradClip
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from per_instance_accountant import FixedThresholds, Sweep, WorstCase
+from per_instance_accountant import FixedThresholds, Sweep, WorstCase, account
 from per_instance_accountant.errors import (
     AlignmentError,
     GuaranteeError,
@@ -498,3 +498,103 @@ def test_the_step_is_on_record_before_noise_is_drawn(start, monkeypatch):
     monkeypatch.setattr(type(training.optimizer), "add_noise", spying)
     training.train()
     assert recorded == list(range(1, len(recorded) + 1))
+
+
+def test_an_unfrozen_layer_is_not_released_unclipped_in_ghost_mode() -> None:
+    """Opacus lists trainable parameters once, when it wraps the model."""
+    model = nn.Sequential(nn.Linear(10, 16), nn.ReLU(), nn.Linear(16, 3))
+    model[0].requires_grad_(False)
+    engine = PrivacyEngine(accountant="rdp")
+    data = TensorDataset(torch.randn(40, 10), torch.randint(0, 3, (40,)))
+    private, optimizer, criterion, loader = engine.make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        criterion=nn.CrossEntropyLoss(),
+        data_loader=DataLoader(data, batch_size=10),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        grad_sample_mode="ghost",
+    )
+    batches = iter(loader)
+    x, y = next(batches)
+    optimizer.zero_grad()
+    criterion(private(x), y).backward()
+    optimizer.step()
+    model[0].requires_grad_(True)
+    before = [p.detach().clone() for p in model.parameters()]
+    x, y = next(batches)
+    optimizer.zero_grad()
+    with pytest.raises(AlignmentError, match="PIA003"):
+        criterion(private(x), y).backward()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert engine.ledger.num_steps == 1
+
+
+def test_the_sample_rate_cannot_change_behind_the_ledger() -> None:
+    engine = PrivacyEngine(accountant="rdp")
+    model = nn.Linear(10, 3)
+    data = TensorDataset(torch.randn(100, 10), torch.randint(0, 3, (100,)))
+    private, optimizer, loader = engine.make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=DataLoader(data, batch_size=10),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
+    loader.batch_sampler.sample_rate = 0.9
+    x, y = next(iter(loader))
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(private(x), y).backward()
+    with pytest.raises(GuaranteeError, match="PIA010"):
+        optimizer.step()
+    assert engine.ledger.num_steps == 0
+
+
+@pytest.mark.parametrize(("ahead", "named"), [(2, True), (3, False), (4, False)])
+def test_reading_several_batches_ahead_is_noticed(ahead: int, named: bool) -> None:
+    engine = PrivacyEngine(accountant="rdp")
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(10, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x)
+
+    model = Model()
+    data = TensorDataset(torch.randn(100, 10), torch.randint(0, 3, (100,)))
+    private, _, loader = engine.make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=DataLoader(data, batch_size=10),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        poisson_sampling=False,
+    )
+    batches = iter(loader)
+    buffer = [next(batches) for _ in range(ahead)]
+    with pytest.raises(AlignmentError, match="PIA007"):
+        private(x=buffer[0][0]) if named else private(buffer[0][0])
+    assert engine.ledger.num_steps == 0
+
+
+def test_an_instance_that_is_drawn_three_times_is_charged_three_clip_norms() -> None:
+    """However small its gradients are now: clipping would have allowed them."""
+    engine = PrivacyEngine(accountant="rdp")
+    model = nn.Linear(10, 3)
+    data = TensorDataset(1e-3 * torch.randn(20, 10), torch.randint(0, 3, (20,)))
+    private, optimizer, loader = engine.make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=DataLoader(data, batch_sampler=[[0, 0, 0, 1]]),
+        noise_multiplier=2.0,
+        max_grad_norm=10.0,
+        poisson_sampling=False,
+    )
+    for x, y in loader:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(private(x), y).backward()
+        optimizer.step()
+    worst = account(engine.ledger, charging=WorstCase(), orders=[2]).rdp
+    assert worst[0, 0] == pytest.approx(2 * (3 / 2.0) ** 2 / 2, rel=1e-6)

@@ -90,13 +90,14 @@ def _not_below(first: tuple[float, float], middle: tuple[float, float], last: tu
 
 
 def contractive_from(plan: Schedule, measure: Measure) -> Contractive:
-    """R3 for a schedule: closed form when it is constant, taut string otherwise. Sampling is ignored (all
-    drawn)."""
+    """R3 for a schedule: closed form when it is constant and contracts, taut string otherwise. Sampling is
+    ignored (all drawn)."""
     steps = len(plan.contraction)
-    if plan.is_constant:
+    if plan.is_constant and plan.contraction[0] <= 1:
         c, noise, shift = float(plan.contraction[0]), float(plan.noise_std[0]), float(plan.shifts[0].sum())
         end = (noise**2 * _geometric(c * c, steps), shift * _geometric(c, steps))
-        # With constant shifts F is concave in V, so the minorant is the chord from the origin to the end.
+        # F is concave in V for a factor up to 1, so the minorant is the chord from the origin to the end.
+        # Beyond 1 it is convex, and the chord would be too small.
         return Contractive(
             measure=measure, knots=np.zeros((1, 3)), end=end, tail=plan.tail, inflation=1 + 1e-12
         )
