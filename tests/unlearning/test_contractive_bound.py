@@ -216,3 +216,23 @@ def test_bad_arguments_are_refused(changed):
     for target in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(UsageError):
             bound.steps(target)
+
+
+@pytest.mark.parametrize("c", [2.5, 3.0, 20.0])
+def test_expansive_maps_that_turn_into_fresh_directions(c):
+    """Two steps, shift along e1 each time, second map ``c e2 e1^T``: the law is Gaussian, with mu^2 exact.
+
+    Chains with one common Hessian cannot tell: there the chord is exact for every factor.
+    """
+    exact = 1 + c**2 / (1 + c**2)
+    bound = bounds.contractive(sensitivity=1.0, noise_std=1.0, contraction=c, training_steps=2, order=2)
+    assert bound.mu(0) ** 2 >= exact
+    chord = textbook_mu(1.0, 1.0, c, 2, 0) ** 2
+    assert chord < exact, "the seeded bug: the closed form of contractive maps used beyond 1"
+
+
+@pytest.mark.parametrize("c", [0.5, 0.99, 1.0])
+def test_the_closed_form_covers_turning_maps_that_do_not_expand(c):
+    bound = bounds.contractive(sensitivity=1.0, noise_std=1.0, contraction=c, training_steps=2, order=2)
+    assert bound.mu(0) ** 2 >= 1 + c**2 / (1 + c**2)
+    assert bound.mu(0) == pytest.approx(textbook_mu(1.0, 1.0, c, 2, 0), rel=1e-9)
