@@ -427,3 +427,8 @@ def test_one_step_is_that_of_the_definition(method: Method, loss: Callable[[nn.M
     flat = torch.cat([slope.flatten() for slope in slopes])
     torch.testing.assert_close(weights(model) - weights(done.model), flat, rtol=1e-3, atol=1e-6)
     assert float(flat.norm()) > 1e-4
+
+
+def test_a_model_elsewhere_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="PIA060"):
+        ensemble_of([network().to("meta")])

@@ -66,7 +66,7 @@ class Ensemble:
 
 def ensemble_of(models: Sequence[nn.Module]) -> Ensemble:
     """Models of one architecture, copied. Raises UsageError PIA071 for none, for parameters that are NaN or
-    infinite, and for models in which nothing needs a gradient.
+    infinite, and for models in which nothing needs a gradient; UnsupportedError PIA060 off the CPU.
 
     >>> ensemble_of([nn.Linear(2, 3), nn.Linear(2, 3)]).logits(torch.zeros(2, 5, 2)).shape
     torch.Size([2, 5, 3])
@@ -76,6 +76,14 @@ def ensemble_of(models: Sequence[nn.Module]) -> Ensemble:
     if not trainable:
         raise refuse(
             "no parameter needs a gradient", "Nothing could be unlearned", "unlearn(method, MyModel(), ...)"
+        )
+    elsewhere = {str(p.device) for p in copies[0].parameters() if p.device.type != "cpu"}
+    if elsewhere:
+        raise UnsupportedError(
+            "PIA060",
+            f"the model lies on {', '.join(sorted(elsewhere))}",
+            "Random draws and the models beside each other are kept on the CPU",
+            "model.cpu()",
         )
     parameters, buffers = stack_module_state(copies)
     values = {name: value.detach().clone() for name, value in (parameters | buffers).items()}
