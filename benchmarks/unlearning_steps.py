@@ -2,8 +2,8 @@
 
 First part: the setting of the released code of Chien et al. 2024 (binary MNIST, n = 11,264), S rows
 forgotten, by each route. Second part: digits (10 classes) and breast cancer (2 classes), softmax regression
-with thresholds from the input norms, full batch: the steps of the individual plan over those of the worst-case
-plan by decile, and test accuracy after forgetting one easy instance at the same guarantee, over seeds.
+with thresholds from the input norms, full batch: the steps of the individual plan over those of the
+worst-case plan by decile, and test accuracy after forgetting one easy instance at the same guarantee.
 """
 
 from __future__ import annotations
@@ -217,7 +217,8 @@ def _accuracy_at_equal_guarantee(
         figures[f"{case.name}_accuracy_{name}_half_width_95"] = Figure(value=half)
     gains = [a - b for a, b in zip(runs["individual"], runs["worst_case_noise"], strict=True)]
     mean, half = interval(gains)
-    figures[f"{case.name}_accuracy_gain_lower_95"] = Figure(value=mean - half, target=0.0, at_least=True)
+    figures[f"{case.name}_accuracy_gain_lower_95"] = Figure(value=mean - half)
+    figures[f"{case.name}_accuracy_gain_upper_95"] = Figure(value=mean + half)
     return figures
 
 

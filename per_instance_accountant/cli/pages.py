@@ -52,6 +52,8 @@ def audit_page(
 
 def plan_page(made: UnlearningPlan) -> Page:
     """Steps of the request and of each instance alone, the bound that gave them and what it assumes."""
+    from per_instance_accountant.unlearning import CONDITIONS
+
     order, delta = made.measure.order, made.measure.delta
     measure = f"Renyi order {order}" if order is not None else f"delta {delta}"
     claim = (
@@ -84,8 +86,8 @@ def plan_page(made: UnlearningPlan) -> Page:
     return Page(
         head=head,
         tables=[Table.of(rows)],
-        document=made.to_dict() | {"notice": SENSITIVE},
-        notes=[*assumed, *unused, SENSITIVE],
+        document=made.to_dict() | {"conditions": list(CONDITIONS), "notice": SENSITIVE},
+        notes=[*assumed, *unused, *(f"Condition: {one}" for one in CONDITIONS), SENSITIVE],
     )
 
 

@@ -6,14 +6,16 @@ from per_instance_accountant.unlearning.assumptions import (
     logistic_regression,
     softmax_regression,
 )
-from per_instance_accountant.unlearning.certificate import Certificate
+from per_instance_accountant.unlearning.certificate import CONDITIONS, Certificate
 from per_instance_accountant.unlearning.everyone import EveryoneSteps, plan_everyone
 from per_instance_accountant.unlearning.issuing import issue
 from per_instance_accountant.unlearning.plan_file import InstanceSteps, UnlearningPlan
 from per_instance_accountant.unlearning.planner import geometric_grid, plan
+from per_instance_accountant.unlearning.signing import generate_keys, save_envelope, sign
 from per_instance_accountant.unlearning.verification import Check, VerificationReport, verify
 
 __all__ = [
+    "CONDITIONS",
     "Assumptions",
     "Certificate",
     "Check",
@@ -22,11 +24,14 @@ __all__ = [
     "UnlearningPlan",
     "VerificationReport",
     "bounds",
+    "generate_keys",
     "geometric_grid",
     "issue",
     "logistic_regression",
     "plan",
     "plan_everyone",
+    "save_envelope",
+    "sign",
     "softmax_regression",
     "verify",
 ]

@@ -110,7 +110,15 @@ def _contraction_known(facts: Facts) -> str | None:
         return "no smoothness is stated (assumptions={'smoothness': ...})"
     if known.num_instances is not None and known.num_instances < facts.chain.num_instances:
         return f"smoothness is of {known.num_instances} instances, the run has {facts.chain.num_instances}"
+    denominators = {m.denominator for m in facts.chain.mechanisms}
+    denominators |= {facts.mechanism.denominator} if facts.mechanism else set()
+    if known.denominator is None and len(denominators) > 1:
+        return "smoothness is stated without a denominator, the steps have several (denominator=...)"
     return None
+
+
+_BINDING: Final = 1 + 2.0**-16
+"""Clipping uses norms that are rounded up and a stabiliser of 1e-6, so it begins just below its threshold."""
 
 
 def _clipping_never_binds(facts: Facts) -> str | None:
@@ -124,9 +132,12 @@ def _clipping_never_binds(facts: Facts) -> str | None:
         )
     clip = chain.per_span("max_grad_norm")
     tail = (facts.mechanism.max_grad_norm,) if facts.mechanism else ()
-    needed = (known.gradient_norm or 0.0) / (1 + 2.0**-23)
+    bound = known.gradient_norm or 0.0
+    if known.gradient_norm is not None and chain.largest_contribution > bound * (1 + 1e-5) + 2e-6:
+        return f"recorded contributions reach {chain.largest_contribution:.6g}, above the gradient bound {bound:.6g}"
+    needed = bound * _BINDING + 2e-6
     if known.gradient_norm is not None and min((*clip.tolist(), *tail)) < needed:
-        return f"instance gradients may reach {known.gradient_norm:.6g}, above the clip norm"
+        return f"instance gradients may reach {bound:.6g}; clipping begins there, the clip norm must be above"
     individual = chain.smallest_threshold < (needed if known.gradient_norm is not None else clip)
     if np.any(individual & chain.thresholds_from_sweep):
         return "thresholds were measured during training, so clipping may bind at other parameters"

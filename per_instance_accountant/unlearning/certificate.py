@@ -28,6 +28,16 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
 
 
+CONDITIONS: Final = (
+    "Only the model after unlearning is seen: bounds other than R0 do not hold against whoever also has the"
+    " model before it, checkpoints or logs.",
+    "Deletion requests do not depend on a released model: for requests that do, the guarantee needs"
+    " differential privacy of the retained data as well.",
+    "The number of steps was not chosen by the accuracy or the loss on the forgotten instances.",
+)
+"""What the claim rests on outside the ledger; every plan and certificate states it."""
+
+
 class _Strict(BaseModel):
     """Exactly these fields, with exactly these types, unchangeable."""
 
@@ -98,6 +108,7 @@ class Predicate(_Strict):
     """What is certified, and everything a verifier recomputes it from."""
 
     claim: ClaimRecord
+    conditions: Annotated[list[str], Field(min_length=1)]
     requests: Annotated[list[Pseudonym], Field(min_length=1)]
     bound: str
     steps: Count
@@ -107,6 +118,7 @@ class Predicate(_Strict):
     assumptions: dict[str, AssumptionRecord]
     ledger: LedgerRecord
     models: ModelsRecord
+    noise: Literal["system", "seed"]
     plan: Digest
     accounting_version: Count
     software: dict[str, str]

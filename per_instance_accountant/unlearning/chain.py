@@ -65,7 +65,7 @@ class TrainingChain:
     smallest_threshold (S,): least positive threshold at which anybody was clipped. thresholds_from_sweep
     (S,): whether those came from measured norms. abandoned_steps: steps of branches that a resume left
     behind. at_threshold, above_clip: recorded contributions of anybody that reached the threshold they were
-    clipped at (within 1e-5), and that lie above the clip norm.
+    clipped at (within 1e-5), and that lie above the clip norm. largest_contribution: of anybody, recorded.
     """
 
     counts: NDArray[np.int64]
@@ -77,6 +77,7 @@ class TrainingChain:
     abandoned_steps: int
     at_threshold: int
     above_clip: int
+    largest_contribution: float
     num_instances: int
     last_training: Mechanism | None
 
@@ -210,6 +211,7 @@ class _Reading:
         self.rows: list[tuple[Mechanism, Array, float, bool]] = []
         self.limit: Array = np.zeros(0)
         self.at_threshold = self.above_clip = 0
+        self.largest_contribution = 0.0
         self.member = np.full(num_instances, -1, dtype=np.int64)
         self.member[positions] = np.arange(len(positions))
 
@@ -315,6 +317,8 @@ class _Reading:
         reached = (step.contributions >= clipped_at * _REACHED) & (step.contributions > _NOTHING)
         self.at_threshold += int(np.count_nonzero(reached))
         self.above_clip += int(np.count_nonzero(step.contributions > clip * _SLACK))
+        largest = float(step.contributions.max(initial=0.0))
+        self.largest_contribution = max(self.largest_contribution, largest)
         member = self.member[step.positions]
         drawn = member >= 0
         over = step.contributions[drawn] > self.limit[member[drawn]] * _SLACK
@@ -340,6 +344,7 @@ class _Reading:
             abandoned_steps=self.abandoned,
             at_threshold=self.at_threshold,
             above_clip=self.above_clip,
+            largest_contribution=self.largest_contribution,
             num_instances=self.num_instances,
             last_training=None if self.last_training is None else Mechanism.of(self.last_training),
         )

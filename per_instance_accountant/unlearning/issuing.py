@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 from per_instance_accountant.errors import CertificateError, PlanError
 from per_instance_accountant.ledger import Ledger
 from per_instance_accountant.unlearning.canonical import file_digest
 from per_instance_accountant.unlearning.certificate import (
+    CONDITIONS,
     PREDICATE_TYPE,
     STATEMENT_TYPE,
     Certificate,
@@ -29,11 +30,14 @@ def issue(
     ledger: Ledger | str | os.PathLike[str],
     checkpoint_before: str | os.PathLike[str],
     checkpoint_after: str | os.PathLike[str],
+    *,
+    noise: Literal["system", "seed"] = "system",
 ) -> Certificate:
     """Certify that ``plan`` was carried out: the ledger must hold its unlearn phase, its steps and its
     request.
 
-    The ledger must end with the last unlearning step. Everything :func:`verify` asks is asked before anything
+    noise: whether batches and noise of the steps came from the system's randomness, or from a seed that
+    whoever knows it can remove. The ledger must end with the last unlearning step. Everything :func:`verify` asks is asked before anything
     is issued.
     Raises PlanError PIA030 (unreachable plan) and PIA033 (the run does not match the plan), CertificateError
     PIA050 (the value does not hold) and PIA051 (a checkpoint cannot be read), LedgerError.
@@ -48,6 +52,7 @@ def issue(
         )
     predicate = Predicate.model_validate(
         _predicate(plan, ledger, file_digest(checkpoint_before), file_digest(checkpoint_after))
+        | {"noise": noise}
     )
     digest = predicate_digest(predicate)
     certificate = Certificate.from_dict(
@@ -79,6 +84,7 @@ def _predicate(plan: UnlearningPlan, ledger: Ledger, before: str, after: str) ->
             "adjacency": "zero-out",
             "basis": plan.basis,
         },
+        "conditions": list(CONDITIONS),
         "requests": sorted(ledger.pseudonym(i) for i in plan.ids),
         "bound": plan.bound,
         "steps": plan.steps,

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from pydantic import TypeAdapter, ValidationError
 
+from per_instance_accountant.audit.rounding import rounded_up
 from per_instance_accountant.ledger import Anchor
 from per_instance_accountant.unlearning.applicable import NotApplicable
 from per_instance_accountant.unlearning.bounds.interface import Measure
@@ -120,7 +121,7 @@ class UnlearningPlan:
 
     def __repr__(self) -> str:
         found = f"{self.steps} steps by {self.bound}" if self.reachable else "unreachable"
-        value = f"value {self.value:.4g} for target {self.target:.4g}"
+        value = f"value {rounded_up(self.value)} for target {self.target:g}"
         return f"<UnlearningPlan: {len(self.ids)} instances, {found}, {value}>"
 
 

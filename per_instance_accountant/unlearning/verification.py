@@ -19,9 +19,15 @@ from per_instance_accountant.unlearning.applicable import ROWS, Facts
 from per_instance_accountant.unlearning.assumptions import Assumptions
 from per_instance_accountant.unlearning.bounds.interface import Measure
 from per_instance_accountant.unlearning.canonical import ACCOUNTING_VERSION, file_digest
-from per_instance_accountant.unlearning.certificate import Certificate, predicate_digest, seal_text
+from per_instance_accountant.unlearning.certificate import (
+    CONDITIONS,
+    Certificate,
+    predicate_digest,
+    seal_text,
+)
 from per_instance_accountant.unlearning.chain import Mechanism, training_chain
 from per_instance_accountant.unlearning.execution import Execution, read_execution
+from per_instance_accountant.unlearning.signing import signature_problem
 
 _TOLERANCE: Final = 1e-9
 _CHARGING: Final[Mapping[str, ChargingRule]] = {
@@ -79,6 +85,7 @@ class _Evidence:
     def __init__(
         self, certificate: Certificate, ledger: Ledger | None, checkpoint: str | os.PathLike[str] | None
     ) -> None:
+        self.certificate = certificate
         self.statement, self.predicate = certificate.statement, certificate.predicate
         self._ledger, self.checkpoint = ledger, checkpoint
         self._execution: Execution | None = None
@@ -115,6 +122,8 @@ Problem = str | None
 
 def _subject(e: _Evidence) -> Problem:
     same = "sha256:" + e.statement.subject[0].digest.sha256 == e.predicate.models.after
+    if same and e.predicate.steps and e.predicate.models.before == e.predicate.models.after:
+        return "the model before and after the noisy steps is the same file"
     return None if same else "the subject is not the model after unlearning"
 
 
@@ -131,6 +140,8 @@ def _claim(e: _Evidence) -> Problem:
     Measure(order=claim.order, delta=claim.delta)
     if not 0 < claim.target < math.inf:
         return "the target is not a positive number"
+    if e.predicate.conditions != list(CONDITIONS):
+        return "the conditions of the claim are not those of this version"
     return None if claim.value <= claim.target else "the bound is above the target"
 
 
@@ -253,12 +264,20 @@ def verify(
     certificate: Certificate | Mapping[str, Any] | str | os.PathLike[str],
     ledger: Ledger | str | os.PathLike[str] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    *,
+    signature: Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    public_key: str | os.PathLike[str] | None = None,
+    require_signature: bool = False,
 ) -> VerificationReport:
     """Check a certificate against the ledger and the model file it was issued for.
 
     Without ``ledger`` or ``checkpoint`` the checks that need them are skipped, and the report is not valid.
-    Facts with source ``"user"`` are taken as stated. Raises CertificateError PIA051 when the certificate file
-    cannot be read; every other fault is a failed check.
+    Facts with source ``"user"`` are taken as stated. signature, public_key: the envelope that :func:`sign`
+    made, and the Ed25519 key to check it with (extra ``sign``); with either of them, or with
+    ``require_signature``, a signature that is missing or wrong is a failed check.
+
+    Raises CertificateError PIA051 when the certificate file cannot be read; every other fault is a failed
+    check.
 
     >>> verify({"_type": "something else"}).valid
     False
@@ -274,7 +293,16 @@ def verify(
     except PiaError as error:
         return VerificationReport(checks=(Check(name="ledger", status="failed", detail=error.happened),))
     evidence = _Evidence(parsed, opened, checkpoint)
-    return VerificationReport(checks=tuple(_made(name, ask, holds, evidence) for name, ask, holds in CHECKS))
+    checks = CHECKS
+    if require_signature or signature is not None or public_key is not None:
+
+        def signed(e: _Evidence) -> Problem:
+            if signature is None or public_key is None:
+                return f"no {'signature' if signature is None else 'public key'} was given"
+            return signature_problem(e.certificate, signature, public_key)
+
+        checks = (*CHECKS, ("signature", signed, "signed by the holder of the given key"))
+    return VerificationReport(checks=tuple(_made(name, ask, holds, evidence) for name, ask, holds in checks))
 
 
 def _parsed(certificate: Certificate | Mapping[str, Any] | str | os.PathLike[str]) -> Certificate:

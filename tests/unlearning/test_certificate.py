@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import dataclasses
 import json
@@ -14,10 +15,18 @@ import sys
 import numpy as np
 import pytest
 
-from per_instance_accountant.errors import CertificateError, PlanError
+from per_instance_accountant.errors import CertificateError, PlanError, UsageError
 from per_instance_accountant.ledger import Ledger
 from per_instance_accountant.ledger.records import Resume
-from per_instance_accountant.unlearning import Certificate, issue, plan, verify
+from per_instance_accountant.unlearning import (
+    Certificate,
+    generate_keys,
+    issue,
+    plan,
+    save_envelope,
+    sign,
+    verify,
+)
 from per_instance_accountant.unlearning.canonical import digest_of
 from per_instance_accountant.unlearning.certificate import seal_text
 
@@ -407,3 +416,88 @@ def test_verification_needs_neither_the_planner_nor_torch(certified, tmp_path):
     source = sys.modules["per_instance_accountant.unlearning.verification"].__file__
     with open(source) as file:
         assert "planner import" not in file.read()
+
+
+@pytest.fixture
+def keys(tmp_path):
+    pytest.importorskip("cryptography")
+    private, public = tmp_path / "private.pem", tmp_path / "public.pem"
+    generate_keys(private, public)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (private, public)} == {0o600}
+    return private, public
+
+
+def test_a_signature_verifies_and_stands_beside_the_certificate(certified, keys, tmp_path):
+    _, _, certificate, path, _, after = certified
+    envelope, file = sign(certificate, keys[0]), tmp_path / "certificate.dsse.json"
+    save_envelope(envelope, file)
+    evidence = {"ledger": path, "checkpoint": after, "public_key": keys[1], "require_signature": True}
+    for given in (envelope, file, str(file)):
+        report = verify(certificate, signature=given, **evidence)
+        assert report.valid and [check.name for check in report.checks][-1] == "signature"
+    assert sign(certificate, keys[0]) == envelope, "Ed25519 is deterministic"
+
+
+def test_the_signature_is_that_of_the_dsse_standard(certified, keys):
+    """Checked by the library alone, from the text of the standard."""
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+    envelope = sign(certified[2], keys[0])
+    payload = base64.b64decode(envelope["payload"])
+    assert json.loads(payload) == certified[2].to_dict()
+    message = b"DSSEv1 28 application/vnd.in-toto+json " + str(len(payload)).encode() + b" " + payload
+    load_pem_public_key(keys[1].read_bytes()).verify(
+        base64.b64decode(envelope["signatures"][0]["sig"]), message
+    )
+
+
+def test_every_edit_of_the_envelope_or_the_certificate_breaks_the_signature(certified, keys):
+    _, _, certificate, path, _, after = certified
+    envelope, ledger = sign(certificate, keys[0]), Ledger.open(path)
+
+    def outcome(content, signature):
+        evidence = {"ledger": ledger, "checkpoint": after, "public_key": keys[1]}
+        return verify(content, signature=signature, **evidence)
+
+    for leaf in leaves(envelope):
+        value = read(envelope, leaf)
+        wrong = [
+            *alternatives(value),
+            value[:-2],
+            "A" + value[1:] if value[0] != "A" else "B" + value[1:],
+            None,
+        ]
+        for other in wrong:
+            assert names(outcome(certificate, edited(envelope, leaf, other))) == {"signature"}, (leaf, other)
+    for extra in ({**envelope, "note": 1}, {}, {**envelope, "signatures": envelope["signatures"] * 2}):
+        assert names(outcome(certificate, extra)) == {"signature"}
+    content = certificate.to_dict()
+    for leaf in leaves(content["predicate"]):
+        for value in alternatives(read(content["predicate"], leaf))[:2]:
+            forged = resealed(edited(content, ("predicate", *leaf), value), ledger)
+            assert not outcome(forged, envelope).valid, leaf
+
+
+def test_a_required_signature_must_be_there_and_of_the_key(certified, keys, tmp_path):
+    _, _, certificate, path, _, after = certified
+    evidence = {"ledger": path, "checkpoint": after}
+    assert names(verify(certificate, **evidence, require_signature=True)) == {"signature"}
+    envelope = sign(certificate, keys[0])
+    assert names(verify(certificate, **evidence, signature=envelope)) == {"signature"}
+    other = tmp_path / "other.pem", tmp_path / "other.pub"
+    generate_keys(*other)
+    assert names(verify(certificate, **evidence, signature=envelope, public_key=other[1])) == {"signature"}
+    stolen = sign(certificate, other[0])
+    stolen["signatures"][0]["keyid"] = envelope["signatures"][0]["keyid"]
+    assert names(verify(certificate, **evidence, signature=stolen, public_key=keys[1])) == {"signature"}
+    with pytest.raises(UsageError, match="PIA071"):
+        sign(certificate, keys[1])
+    with pytest.raises(CertificateError, match="PIA051"):
+        sign(certificate, tmp_path / "nowhere")
+    report = verify(certificate, **evidence, signature=envelope, public_key=tmp_path / "nowhere")
+    assert names(report) == {"signature"}
+
+
+def test_the_certificate_states_its_conditions(certified):
+    conditions = certified[2].to_dict()["predicate"]["conditions"]
+    assert any("do not depend on a released model" in line for line in conditions)

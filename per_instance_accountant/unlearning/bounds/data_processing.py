@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from per_instance_accountant.divergence import DEFAULT_ORDERS, group_gaussian_rdp, sampled_gaussian_rdp
 from per_instance_accountant.errors import UsageError
-from per_instance_accountant.unlearning.bounds.interface import Bound, Measure, require
+from per_instance_accountant.unlearning.bounds.interface import MAX_STEPS, Bound, Measure, require
 
 Array = NDArray[np.float64]
 
@@ -48,6 +48,12 @@ class DataProcessing(Bound):
         """``sqrt(sum_t (sum_i ratio_ti)^2)`` when nothing is amplified by sampling, else None."""
         del steps
         return self._gaussian()
+
+    def steps(self, target: float, max_steps: int = MAX_STEPS) -> float:
+        """0 or inf: steps change nothing. Raises UsageError PIA070 unless target is in (0, inf)."""
+        require(0 < target < math.inf, "target", target, "(0, inf)")
+        require(max_steps >= 0 and max_steps == int(max_steps), "max_steps", max_steps, "[0, inf)")
+        return 0 if self.value(0) <= target else math.inf
 
     def _gaussian(self) -> float | None:
         total = self.ratios.sum(axis=1)
