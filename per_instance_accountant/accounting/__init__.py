@@ -2,6 +2,7 @@
 
 from per_instance_accountant.accounting.filter import PrivacyFilter
 from per_instance_accountant.accounting.fold import account
+from per_instance_accountant.accounting.groups import account_groups
 from per_instance_accountant.accounting.loss import IndividualLoss
 from per_instance_accountant.accounting.odometer import Odometer
 from per_instance_accountant.accounting.rules import (
@@ -31,5 +32,6 @@ __all__ = [
     "Unamplified",
     "WorstCase",
     "account",
+    "account_groups",
     "certified_budget",
 ]
