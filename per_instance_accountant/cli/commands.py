@@ -8,8 +8,15 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from per_instance_accountant.cli.pages import audit_page, budget_verdict, plan_page, verification_page
+from per_instance_accountant.cli.pages import (
+    audit_page,
+    budget_verdict,
+    nothing_to_plan_page,
+    plan_page,
+    verification_page,
+)
 from per_instance_accountant.cli.printing import Format, Page, Table, emit
+from per_instance_accountant.cli.signing import sign
 from per_instance_accountant.errors import (
     CODES,
     CertificateError,
@@ -147,28 +154,41 @@ def plan(
         str | None, typer.Option("--assumptions", help="JSON file; default: the ledger's.")
     ] = None,
     charging: ChargingOption = Charging.AS_TRAINED,
+    projection_radius: Annotated[
+        float | None, typer.Option("--projection-radius", help="Project before each unlearning step.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write no file.")] = False,
     output: Annotated[str | None, typer.Option("--output", help="File for the plan.")] = None,
     output_format: FormatOption = Format.TABLE,
 ) -> None:
-    """Noisy fine-tuning steps after which the given instances are forgotten."""
+    """Noisy fine-tuning steps after which the given instances are forgotten.
+
+    A file with the header request_id,id is a queue: requests recorded in the ledger are left out.
+    """
     from per_instance_accountant.cli.inputs import read_assumptions, read_ids
+    from per_instance_accountant.cli.requests import is_request_file, read_requests
     from per_instance_accountant.ledger import Ledger
     from per_instance_accountant.unlearning import plan as make_plan
 
     opened = Ledger.open(ledger)
+    queue = read_requests(ids, opened) if is_request_file(ids) else None
+    if queue is not None and not len(queue.ids):
+        emit(nothing_to_plan_page(queue.statuses), output_format)
+        return
     made = make_plan(
         opened,
-        ids=read_ids(ids, opened.ids.dtype),
+        ids=read_ids(ids, opened.ids.dtype) if queue is None else queue.ids,
         target_epsilon=target_epsilon,
         order=order,
         target_delta=target_delta,
         assumptions=read_assumptions(assumptions) if assumptions else None,
         charging=_rule(charging),
+        projection_radius=projection_radius,
     )
-    if output:
+    if output and not dry_run:
         made.save(output)
         typer.echo(f"written: {output} (owner-only; it names the instances)", err=True)
-    emit(plan_page(made), output_format)
+    emit(plan_page(made, None if queue is None else queue.statuses), output_format)
     _finish(made.reachable)
 
 
@@ -296,14 +316,29 @@ def verify(
     checkpoint: Annotated[
         str | None, typer.Option("--checkpoint", help="Model file after unlearning.")
     ] = None,
+    signature: Annotated[str | None, typer.Option("--signature", help="File that pia sign wrote.")] = None,
+    public_key: Annotated[str | None, typer.Option("--public-key", help="PEM file of the signer.")] = None,
+    require_signature: Annotated[
+        bool, typer.Option("--require-signature", help="Without a signature it is not valid.")
+    ] = False,
     output_format: FormatOption = Format.TABLE,
 ) -> None:
     """Recompute a certificate's claim from the evidence."""
     from per_instance_accountant.unlearning import verify as recompute
 
-    report = recompute(certificate, ledger=ledger, checkpoint=checkpoint)
+    report = recompute(
+        certificate,
+        ledger=ledger,
+        checkpoint=checkpoint,
+        signature=signature,
+        public_key=public_key,
+        require_signature=require_signature,
+    )
     emit(verification_page(report), output_format)
     _finish(report.valid)
+
+
+app.command()(sign)
 
 
 @app.command()

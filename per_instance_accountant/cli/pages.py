@@ -50,7 +50,18 @@ def audit_page(
     )
 
 
-def plan_page(made: UnlearningPlan) -> Page:
+def nothing_to_plan_page(statuses: dict[str, str]) -> Page:
+    """Every request of the queue was recorded before."""
+    rows = [{"request": request, "status": status} for request, status in statuses.items()]
+    return Page(
+        head=["Plan: nothing to do, the ledger records all requests"],
+        tables=[Table.of(rows)],
+        document={"requests": statuses, "steps": None, "reachable": None, "notice": SENSITIVE},
+        notes=["A recorded request is certified only once its run is finished: pia verify", SENSITIVE],
+    )
+
+
+def plan_page(made: UnlearningPlan, statuses: dict[str, str] | None = None) -> Page:
     """Steps of the request and of each instance alone, the bound that gave them and what it assumes."""
     from per_instance_accountant.unlearning import CONDITIONS
 
@@ -82,11 +93,14 @@ def plan_page(made: UnlearningPlan) -> Page:
     assumed = [
         f"Assumes: {name} = {entry['value']} ({entry['source']})" for name, entry in made.assumptions.items()
     ]
+    queue = [Table.of([{"request": k, "status": v} for k, v in statuses.items()])] if statuses else []
     unused = [f"Not applicable: {refused.bound}, {refused.reason}" for refused in made.not_applicable]
     return Page(
         head=head,
-        tables=[Table.of(rows)],
-        document=made.to_dict() | {"conditions": list(CONDITIONS), "notice": SENSITIVE},
+        tables=[*queue, Table.of(rows)],
+        document=made.to_dict()
+        | ({} if statuses is None else {"requests": statuses})
+        | {"conditions": list(CONDITIONS), "notice": SENSITIVE},
         notes=[*assumed, *unused, *(f"Condition: {one}" for one in CONDITIONS), SENSITIVE],
     )
 
