@@ -240,10 +240,9 @@ def continual(bench: Bench) -> dict[str, Figure]:
     return figures
 
 
-def compared(bench: Bench, quick: bool) -> dict[str, Figure]:
+def compared(bench: Bench) -> dict[str, Figure]:
     """Every method on sixteen instances: accuracies, and the attack's score against its null."""
-    steps = 100 if quick else 300
-    schedule = Schedule(steps=steps, learning_rate=0.02, weight_decay=5e-4, batch_size=50, observe_every=10)
+    schedule = Schedule(steps=300, learning_rate=0.02, weight_decay=5e-4, batch_size=50, observe_every=10)
     gentle = replace(schedule, learning_rate=0.005)
     methods: dict[str, Method] = {
         "fine_tune": FineTune(schedule=schedule),
@@ -403,9 +402,8 @@ def digits_part(quick: bool) -> dict[str, Figure]:
     bench = prepare("digits", QUICK_SEEDS if quick else SEEDS)
     figures = interval("digits_before_retain", 100 * accuracies(bench.models, bench.keep))
     figures |= interval("digits_before_test", 100 * accuracies(bench.models, bench.test))
-    return (
-        figures | regularisers(bench, quick) | continual(bench) | compared(bench, quick) | work_by_loss(bench)
-    )
+    figures |= regularisers(bench, quick) | continual(bench)
+    return figures if quick else figures | compared(bench) | work_by_loss(bench)
 
 
 def other_part(quick: bool) -> dict[str, Figure]:
@@ -414,7 +412,7 @@ def other_part(quick: bool) -> dict[str, Figure]:
         return figures
     bench = prepare("breast_cancer", SEEDS)
     figures |= interval("breast_cancer_before_retain", 100 * accuracies(bench.models, bench.keep))
-    return figures | regularisers(bench, quick) | continual(bench) | compared(bench, quick)
+    return figures | regularisers(bench, quick) | continual(bench) | compared(bench)
 
 
 PARTS = (digits_part, other_part)
