@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from per_instance_accountant.errors import CertificateError, PlanError, UnsupportedError, UsageError
+from per_instance_accountant.ledger import Anchor
+from per_instance_accountant.opacus_adapter.engine import CHECKPOINT_KEY
 
 _PROGRESS = "progress.pt"
 
@@ -49,9 +51,21 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
-def load_module(module: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Weights from a state dict or from a file of Opacus' ``save_checkpoint``. Raises UsageError PIA071."""
+def load_module(module: nn.Module, path: str | os.PathLike[str], anchor: Anchor | None = None) -> None:
+    """Weights from a state dict or from a file of ``save_checkpoint``, which must say ``anchor``.
+
+    Raises UsageError PIA071 for another architecture, PlanError PIA033 for another run or moment. A bare
+    state dict says neither: whoever passes it vouches for it.
+    """
     content = read_tensors(path)
+    stated = content.get(CHECKPOINT_KEY, {}).get("anchor")
+    if anchor and stated and (stated["run_id"], stated["steps"]) != (anchor.run_id, anchor.steps):
+        raise PlanError(
+            "PIA033",
+            f"the checkpoint was taken after {stated['steps']} steps of its run, not after {anchor.steps}",
+            "The plan says nothing about that model",
+            "run_plan(checkpoint=...) with the checkpoint of the run and step that the plan was made for",
+        )
     state = content.get("module_state_dict", content)
     try:
         module.load_state_dict({name.removeprefix("_module."): value for name, value in state.items()})

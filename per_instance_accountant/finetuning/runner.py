@@ -96,7 +96,7 @@ def run_plan(
     Same sampling rate, normaliser, noise, learning rate and weight decay as the last training phase; a plan
     with ``projection_radius`` projects the trainable parameters before each step.
 
-    Raises PlanError PIA030 (unreachable plan), PIA033 (plan of another moment of the ledger), PIA034 (the
+    Raises PlanError PIA030 (unreachable plan), PIA033 (plan or checkpoint of another moment), PIA034 (the
     data hold an instance that must be forgotten, or not all the others), UnsupportedError PIA060 (a
     mechanism that was not Poisson-sampled plain SGD), LedgerError, CertificateError. Nothing is written
     then.
@@ -120,7 +120,7 @@ def run_plan(
         individual=opened.phases[-1].charging == FixedThresholds.name,
     )
     if saved is None:
-        load_module(module, checkpoint)
+        load_module(module, checkpoint, plan.anchor)
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         secret = secrets.token_bytes(16) if seed is None else secret_of(seed)
         saved = Progress(steps=0, secret=secret)
@@ -128,7 +128,7 @@ def run_plan(
     else:
         module.load_state_dict(saved.weights)
     _take_all(job, Path(ledger), directory, saved, progress)
-    return _finish(job, Path(ledger), Path(checkpoint), directory)
+    return _finish(job, Path(ledger), Path(checkpoint), directory, seeded=seed is not None)
 
 
 def _planned_steps(plan: UnlearningPlan) -> int:
@@ -167,6 +167,8 @@ def _refuse_other_moment(plan: UnlearningPlan, ledger: Ledger, *, resuming: bool
 def _take_all(job: _Job, ledger: Path, directory: Path, saved: Progress, progress: bool) -> None:
     """Repeat what the ledger holds beyond the saved weights, then take the remaining steps."""
     recorded = Ledger.open(ledger).num_steps - job.plan.anchor.steps
+    if saved.steps == recorded == job.steps > 0:
+        return
     bar = tqdm(
         total=job.steps,
         initial=saved.steps,
@@ -286,7 +288,7 @@ def _refuse_difference(repeated: Ledger, recorded: Step, number: int) -> None:
         )
 
 
-def _finish(job: _Job, ledger: Path, checkpoint: Path, directory: Path) -> UnlearningRun:
+def _finish(job: _Job, ledger: Path, checkpoint: Path, directory: Path, *, seeded: bool) -> UnlearningRun:
     model, certificate = directory / "model.pt", directory / "certificate.json"
     bad = sum(int((~torch.isfinite(value)).sum()) for value in job.module.state_dict().values())
     if bad:
@@ -297,8 +299,10 @@ def _finish(job: _Job, ledger: Path, checkpoint: Path, directory: Path) -> Unlea
             "retrain without the instances",
         )
     save_module(job.module, model)
-    content = issue(job.plan, ledger, checkpoint, model)
+    content = issue(job.plan, ledger, checkpoint, model, noise="seed" if seeded else "system")
     content.save(certificate)
+    # The secret would let its reader remove the noise from the finished model.
+    save_progress(directory, job.plan.digest, Progress(steps=job.steps, secret=b""), job.module)
     return UnlearningRun(
         module=job.module, checkpoint=model, certificate=certificate, content=content, steps=job.steps
     )

@@ -134,7 +134,7 @@ def _clipping_never_binds(facts: Facts) -> str | None:
     tail = (facts.mechanism.max_grad_norm,) if facts.mechanism else ()
     bound = known.gradient_norm or 0.0
     if known.gradient_norm is not None and chain.largest_contribution > bound * (1 + 1e-5) + 2e-6:
-        return f"recorded contributions reach {chain.largest_contribution:.6g}, above the gradient bound {bound:.6g}"
+        return f"recorded contributions reach {chain.largest_contribution:.6g}, above the bound {bound:.6g}"
     needed = bound * _BINDING + 2e-6
     if known.gradient_norm is not None and min((*clip.tolist(), *tail)) < needed:
         return f"instance gradients may reach {bound:.6g}; clipping begins there, the clip norm must be above"

@@ -31,6 +31,13 @@ from per_instance_accountant.unlearning.canonical import digest_of
 from per_instance_accountant.unlearning.certificate import seal_text
 
 
+def before(model):
+    """Another file beside ``model``: the weights that unlearning started from."""
+    start = model.with_name(model.name + "-before")
+    start.write_bytes(b"before " + model.read_bytes())
+    return start
+
+
 def leaves(node, path=()):
     """Paths of all leaves of a JSON tree, empty containers included."""
     children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
@@ -279,13 +286,13 @@ def test_a_run_that_is_not_the_plan_gets_no_certificate(started, fault):
     run, made, model = started
     fault(run, made)
     with pytest.raises(PlanError, match="PIA033"):
-        issue(made, run.ledger, model, model)
+        issue(made, run.ledger, before(model), model)
 
 
 def test_a_noise_that_was_divided_and_multiplied_back_is_the_same(started):
     run, made, model = started
     run.unlearn(made, noise_std=float(np.nextafter(made.mechanism.noise_std, 0)))
-    assert verify(issue(made, run.ledger, model, model), ledger=run.ledger, checkpoint=model).valid
+    assert verify(issue(made, run.ledger, before(model), model), ledger=run.ledger, checkpoint=model).valid
 
 
 def test_seeded_bug_one_step_too_few(started):
@@ -294,7 +301,7 @@ def test_seeded_bug_one_step_too_few(started):
     wrong = dataclasses.replace(made, steps=made.steps - 1)
     run.unlearn(wrong)
     with pytest.raises(CertificateError, match=r"PIA050.*value"):
-        issue(wrong, run.ledger, model, model)
+        issue(wrong, run.ledger, before(model), model)
 
 
 @pytest.mark.parametrize(
@@ -314,7 +321,7 @@ def test_a_plan_that_claims_more_than_the_ledger_supports_gets_no_certificate(st
     wrong = dataclasses.replace(made, **lie)
     run.unlearn(wrong)
     with pytest.raises((CertificateError, PlanError)):
-        issue(wrong, run.ledger, model, model)
+        issue(wrong, run.ledger, before(model), model)
 
 
 def test_assumptions_said_to_be_of_the_run_must_stand_there(course, tmp_path):
@@ -326,7 +333,7 @@ def test_assumptions_said_to_be_of_the_run_must_stand_there(course, tmp_path):
     run.unlearn(wrong)
     (tmp_path / "m").write_bytes(b"")
     with pytest.raises(CertificateError, match="assumptions"):
-        issue(wrong, run.ledger, tmp_path / "m", tmp_path / "m")
+        issue(wrong, run.ledger, before(tmp_path / "m"), tmp_path / "m")
 
 
 def test_unreachable_plans_and_missing_files_get_no_certificate(started, tmp_path):
@@ -344,9 +351,9 @@ def test_no_steps_are_needed_and_the_instances_are_excluded(course, tmp_path):
     assert made.steps == 0
     (tmp_path / "m").write_bytes(b"")
     with pytest.raises(PlanError, match="PIA033"):
-        issue(made, run.ledger, tmp_path / "m", tmp_path / "m")
+        issue(made, run.ledger, before(tmp_path / "m"), tmp_path / "m")
     run.forget([3])
-    certificate = issue(made, run.ledger, tmp_path / "m", tmp_path / "m")
+    certificate = issue(made, run.ledger, before(tmp_path / "m"), tmp_path / "m")
     assert verify(certificate, ledger=run.ledger, checkpoint=tmp_path / "m").valid
 
 
@@ -363,7 +370,7 @@ def test_every_measure_and_direction_round_trips(course, tmp_path, measure, dire
     )
     run.unlearn(made)
     (tmp_path / "m").write_bytes(b"")
-    certificate = issue(made, run.ledger, tmp_path / "m", tmp_path / "m")
+    certificate = issue(made, run.ledger, before(tmp_path / "m"), tmp_path / "m")
     assert made.steps > 0 and certificate.predicate.claim.direction == direction
     assert verify(certificate, ledger=run.ledger, checkpoint=tmp_path / "m").valid
 
@@ -501,3 +508,26 @@ def test_a_required_signature_must_be_there_and_of_the_key(certified, keys, tmp_
 def test_the_certificate_states_its_conditions(certified):
     conditions = certified[2].to_dict()["predicate"]["conditions"]
     assert any("do not depend on a released model" in line for line in conditions)
+
+
+def test_the_model_must_have_changed(course, tmp_path):
+    run = course().train(60)
+    made = plan(run.ledger, ids=[3], target_epsilon=0.1, order=8, assumptions=run.known)
+    run.unlearn(made)
+    model = tmp_path / "never-unlearned"
+    model.write_bytes(b"weights")
+    assert made.steps > 0
+    with pytest.raises(CertificateError, match="same file"):
+        issue(made, run.ledger, model, model)
+
+
+def test_a_seed_stands_in_the_certificate(course, tmp_path):
+    run = course().train(60)
+    made = plan(run.ledger, ids=[3], target_epsilon=0.1, order=8, assumptions=run.known)
+    run.unlearn(made)
+    model = tmp_path / "model"
+    model.write_bytes(b"weights")
+    sources = {
+        noise: issue(made, run.ledger, before(model), model, noise=noise) for noise in ("seed", "system")
+    }
+    assert {noise: c.predicate.noise for noise, c in sources.items()} == {"seed": "seed", "system": "system"}

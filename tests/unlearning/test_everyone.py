@@ -102,7 +102,7 @@ def test_clipping_that_binds_for_anybody_refuses_contraction(course, who):
         run = course().train(59).step(1, step)
         return plan(run.ledger, [3], target_epsilon=1e-3, order=8, assumptions=run.known)
 
-    bound, free = recorded(1.5 * (1 - 5e-6)), recorded(1.5 * (1 - 2e-5))
+    bound, free = recorded(1.5 * (1 - 5e-6)), recorded(1.41)
     assert free.reachable and not bound.reachable
     reasons = [row.reason for row in bound.not_applicable if "contradicts clipping_never_binds" in row.reason]
     assert len(reasons) == 4 and not any(str(who) in reason for reason in reasons)

@@ -269,10 +269,8 @@ def test_an_instance_that_was_clipped_wrongly_is_refused(course):
 
 
 def test_the_chain_reads_phases_thresholds_and_exclusion(course):
-    run = course().train(4)
-    run.thresholds(np.full(40, 0.7)).train(
-        3, charging="fixed_thresholds", learning_rate=0.1, sampling="shuffled"
-    )
+    run = course().thresholds(np.full(40, 0.7)).train(4)
+    run.train(3, charging="fixed_thresholds", learning_rate=0.1, sampling="shuffled")
     run.forget([3], base=0.7).step(2)
     run.train(5, kind="unlearn", charging="fixed_thresholds", plan_digest="sha256:x")
     chain = training_chain(run.ledger, np.array([3, 9]))
@@ -368,3 +366,24 @@ def test_path_and_ledger_give_the_same_plan(course, tmp_path):
     here = plan(run.ledger, ids=[3], target_epsilon=1.0, order=8)
     assert plan(tmp_path / "run", ids=[3], target_epsilon=1.0, order=8) == here
     assert here.digest == plan(str(tmp_path / "run"), ids=[3], target_epsilon=1.0, order=8).digest
+
+
+def test_recorded_contributions_can_refute_the_gradient_bound(course):
+    loud = Step(positions=np.array([8]), contributions=np.array([1.45], np.float32))
+    made = plan(course().train(59).step(1, loud).ledger, [3], 1e-3, order=8, assumptions=course().known)
+    assert not made.reachable
+    assert sum("above the bound" in row.reason for row in made.not_applicable) >= 3
+
+
+def test_a_clip_norm_at_the_gradient_bound_is_not_above_it(course):
+    known = {"smoothness": 1.0, "clipping_never_binds": True, "gradient_norm": 1.5}
+    made = plan(course().train(60).ledger, [3], 1e-3, order=8, assumptions=known)
+    assert not made.reachable and any("clipping begins" in row.reason for row in made.not_applicable)
+
+
+def test_a_smoothness_without_denominator_does_not_cover_several(course):
+    run = course().train(30)
+    run.train(30, denominator=1.0)
+    known = {"smoothness": 0.5, "clipping_never_binds": True}
+    made = plan(run.ledger, [3], 1e-3, order=8, assumptions=known)
+    assert any("denominator" in row.reason for row in made.not_applicable)
