@@ -5,6 +5,7 @@ from per_instance_accountant.accounting.fold import account
 from per_instance_accountant.accounting.groups import account_groups
 from per_instance_accountant.accounting.loss import IndividualLoss
 from per_instance_accountant.accounting.odometer import Odometer
+from per_instance_accountant.accounting.partitions import account_in_parts, dask_mapper, join, partitions
 from per_instance_accountant.accounting.rules import (
     Basis,
     ChargingRule,
@@ -33,5 +34,9 @@ __all__ = [
     "WorstCase",
     "account",
     "account_groups",
+    "account_in_parts",
     "certified_budget",
+    "dask_mapper",
+    "join",
+    "partitions",
 ]

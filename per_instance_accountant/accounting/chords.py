@@ -76,8 +76,10 @@ class ChordTables:
         lower, weight = self.grid.locate(squared)
         table = self._table(rate, lower)
         if np.ptp(lower) == 0 and np.ptp(weight) == 0 and np.ptp(steps) == 0:
-            one = (1 - weight[0]) * table[lower[0]] + weight[0] * table[lower[0] + 1]
-            return np.broadcast_to(steps[0] * one, (steps.size, one.size))
+            # In the order of the sparse product: the same bits, however the instances are partitioned.
+            low, high = steps[0] * (1 - weight[0]), steps[0] * weight[0]
+            one = low * table[lower[0]] + high * table[lower[0] + 1]
+            return np.broadcast_to(one, (steps.size, one.size))
         values = np.stack([steps * (1 - weight), steps * weight], axis=1).ravel()
         columns = np.stack([lower, lower + 1], axis=1).ravel()
         starts = np.arange(0, 2 * steps.size + 1, 2)
