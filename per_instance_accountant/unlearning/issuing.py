@@ -37,7 +37,8 @@ def issue(
     request.
 
     noise: whether batches and noise of the steps came from the system's randomness, or from a seed that
-    whoever knows it can remove. The ledger must end with the last unlearning step. Everything :func:`verify` asks is asked before anything
+    whoever knows it can remove. The ledger must end with the last unlearning step. Everything :func:`verify`
+    asks is asked before anything
     is issued.
     Raises PlanError PIA030 (unreachable plan) and PIA033 (the run does not match the plan), CertificateError
     PIA050 (the value does not hold) and PIA051 (a checkpoint cannot be read), LedgerError.

@@ -21,7 +21,7 @@ from per_instance_accountant.accounting import (
     fold,
 )
 from per_instance_accountant.divergence import SensitivityGrid, gaussian_epsilon, sampled_gaussian_rdp
-from per_instance_accountant.errors import GuaranteeError, UsageError
+from per_instance_accountant.errors import GuaranteeError, LedgerError, UsageError
 from per_instance_accountant.ledger import Ledger, LedgerWriter
 from per_instance_accountant.ledger.records import Phase, Run, Step, Thresholds
 
@@ -300,3 +300,18 @@ def test_orders_outside_their_range_are_refused(orders: list[float]) -> None:
 def test_bad_thresholds_are_refused(bad: list[float]) -> None:
     with pytest.raises(UsageError, match="PIA07"):
         FixedThresholds(thresholds=bad).as_float32()
+
+
+def test_fixed_thresholds_cannot_be_chosen_from_what_was_released() -> None:
+    """The adaptive counterexample of docs/math/individual_loss.md, written as two fixed events."""
+    quiet, loud = (np.full(N, value, np.float32) for value in (0.01, 0.7))
+    writer = LedgerWriter.create(None, Run(num_instances=N))
+    for event in (phase(charging="fixed_thresholds"), Thresholds(values=quiet, source="fixed"), step([], [])):
+        writer.append(event)
+    with pytest.raises(LedgerError, match="PIA045"):
+        writer.append(Thresholds(values=loud, source="fixed"))
+    late = LedgerWriter.create(None, Run(num_instances=N))
+    for event in (phase(charging="worst_case"), step([], [])):
+        late.append(event)
+    with pytest.raises(LedgerError, match="PIA045"):
+        late.append(Thresholds(values=quiet, source="fixed"))

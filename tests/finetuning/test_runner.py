@@ -495,3 +495,29 @@ def test_sequential_requests_are_planned_run_and_certified_one_after_the_other(t
     assert not any(np.isin(step.positions, [*FORGET]).any() for step in unlearn_steps(trained.ledger))
     with pytest.raises(PlanError, match="PIA032"):
         trained.plan([20])
+
+
+def test_the_secret_of_the_noise_does_not_outlive_the_run(trained: Trained) -> None:
+    made = trained.plan()
+    first = trained.run(made, seed=None)
+    left = torch.load(trained.directory / "after" / "progress.pt", weights_only=True)
+    assert left["secret"] == "" and left["steps"] == made.steps
+    digest = Ledger.open(trained.ledger).digest
+    again = trained.run(made, seed=None)
+    assert torch.equal(first.module.weight, again.module.weight)
+    assert Ledger.open(trained.ledger).digest == digest, "a finished run takes no further step"
+
+
+def test_the_checkpoint_of_another_run_is_refused(trained: Trained, tmp_path: Path) -> None:
+    """A file of ``save_checkpoint`` says which run and step it is of."""
+    made = trained.plan()
+    anchor = made.anchor.to_dict()
+    stated = {"module_state_dict": linear().state_dict(), "per_instance_accountant": {"anchor": anchor}}
+    torch.save(stated, tmp_path / "right.pt")
+    stated["per_instance_accountant"] = {"anchor": anchor | {"run_id": "0" * 32}}
+    torch.save(stated, tmp_path / "other.pt")
+    before = Ledger.open(trained.ledger).digest
+    with pytest.raises(PlanError, match="PIA033"):
+        trained.run(made, checkpoint=tmp_path / "other.pt")
+    assert Ledger.open(trained.ledger).digest == before
+    assert trained.run(made, checkpoint=tmp_path / "right.pt").steps == made.steps
