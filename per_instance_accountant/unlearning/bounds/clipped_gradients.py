@@ -83,6 +83,8 @@ class ClippedGradients(Bound):
         moved = -math.expm1(-abs(log))
         shift = left * self.start_distance + self.drift * moved / abs(1 - r)
         variance = -math.expm1(-2 * abs(log)) / abs((1 - r) * (1 + r))
+        if r > 1 and log + math.log(self.drift * variance + 1e-300) > math.log(shift):
+            return math.inf  # Late drift cannot use the noise before it; fewer steps give more.
         return shift / (s * math.sqrt(variance)) * _UP
 
     def _limit(self) -> float:
