@@ -17,6 +17,7 @@ from per_instance_accountant.accounting.rules import (
 )
 from per_instance_accountant.accounting.running import RunningLoss
 from per_instance_accountant.accounting.spending import CertifiedBudget, Spending, certified_budget
+from per_instance_accountant.accounting.statements import output_budgets, output_specific
 
 __all__ = [
     "Basis",
@@ -38,5 +39,7 @@ __all__ = [
     "certified_budget",
     "dask_mapper",
     "join",
+    "output_budgets",
+    "output_specific",
     "partitions",
 ]
