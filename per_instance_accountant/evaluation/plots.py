@@ -35,7 +35,7 @@ def plot_damage(accuracy: ArrayLike, forgotten: ArrayLike, path: str | os.PathLi
             "PIA061",
             "matplotlib is not installed",
             "Nothing was drawn; the numbers are complete without the picture",
-            "pip install matplotlib",
+            "pip install 'per-instance-accountant[plots]'",
         ) from error
     turns = np.arange(1, count + 1)
     figure = Figure(figsize=(8, 3), layout="constrained")
@@ -43,7 +43,8 @@ def plot_damage(accuracy: ArrayLike, forgotten: ArrayLike, path: str | os.PathLi
     left.bar(turns, 100 * (kept[:-1] - kept[1:]))
     left.set(xlabel="request", ylabel="retained accuracy lost (points)", xticks=turns)
     for request in range(count):
-        right.plot(turns[request:], 100 * held[request:, request], marker="o", label=f"request {request + 1}")
+        name, marker = f"request {request + 1}", "os^Dv<>P"[request % 8]
+        right.plot(turns[request:], 100 * held[request:, request], marker=marker, linestyle=":", label=name)
     right.set(xlabel="after request", ylabel="still forgotten (%)", xticks=turns, ylim=(-5, 105))
     right.legend()
     figure.savefig(os.fspath(path))
