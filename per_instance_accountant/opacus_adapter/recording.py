@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from opacus.optimizers import DPOptimizer
 
 from per_instance_accountant.accounting.filter import PrivacyFilter
-from per_instance_accountant.accounting.rules import ChargingRule, FixedThresholds, Sweep, WorstCase
+from per_instance_accountant.accounting.rules import ChargingRule, FixedThresholds, Sweep
 from per_instance_accountant.accounting.running import RunningLoss
 from per_instance_accountant.accounting.spending import Spending
 from per_instance_accountant.errors import BudgetExceeded, GuaranteeError, LedgerError, UsageError
@@ -29,6 +29,7 @@ from per_instance_accountant.ledger import (
     Step,
     Thresholds,
 )
+from per_instance_accountant.opacus_adapter.budgets import adopt_budget, check_budget, not_admitted
 from per_instance_accountant.opacus_adapter.clipping import round_up
 
 Norms = NDArray[np.float64]
@@ -90,7 +91,7 @@ class Recorder:
         if setting.budget is not None:
             budgets = setting.budget.per_instance(run.num_instances, run.groups)
             setting.budget.stated(budgets, mechanism)
-            _refuse_private_end(setting, budgets)
+            check_budget(setting.budget, setting.charging, budgets)
         if isinstance(ledger, LedgerWriter):
             self._adopt(ledger)
 
@@ -121,7 +122,7 @@ class Recorder:
                 "Positions would name other instances than the ones that were trained on",
                 "load the data set that the ledger was written for, in the same order",
             )
-        self.spending, self._running = self._adopt_filter(recorded, writer), None
+        self.spending, self._running = adopt_budget(writer, self.setting.budget, self.mechanism()), None
         fixed, in_force = _recorded_thresholds(recorded)
         given = self.thresholds if self._sweep is None else None
         if fixed is not None and given is not None and not np.array_equal(fixed, given):
@@ -142,28 +143,6 @@ class Recorder:
                 "FixedThresholds(thresholds=norm_bounds)",
             )
         self.thresholds, self._writer, self._stated, self._until_sweep = in_force, writer, None, 0
-
-    def _adopt_filter(self, recorded: Ledger, writer: LedgerWriter) -> Spending | None:
-        """State the filter before the first step, or go on with the one recorded, whose sums are
-        read again."""
-        spending, budget = Spending.of(recorded), self.setting.budget
-        if budget is None:
-            return spending
-        budgets = budget.per_instance(self.run.num_instances, self.run.groups)
-        orders = None if spending is None else spending.filter.orders
-        stated = budget.stated(budgets, self.mechanism(), orders=orders)
-        if spending is None:
-            writer.append(stated)
-            return Spending(stated)
-        known = spending.filter
-        if stated.family != known.family or not np.array_equal(stated.budgets, known.budgets):
-            raise LedgerError(
-                "PIA045",
-                "the budgets given differ from the ones that the ledger recorded before training",
-                "Budgets that are changed later may depend on what was released",
-                "pass the same PrivacyFilter(...) as at the start of the run",
-            )
-        return spending
 
     def _append(self, writer: LedgerWriter, event: Event) -> None:
         writer.append(event)
@@ -207,28 +186,6 @@ class Recorder:
         """Whether a spent budget ends the loop over the loader instead of raising."""
         return self.setting.budget is not None and self.setting.budget.on_spent == "stop"
 
-    def limits(
-        self, positions: NDArray[np.int64], clip_norm: float, taken: Sequence[Observation]
-    ) -> NDArray[np.float64]:
-        """(B,) norms at which instances are clipped now, 0 for the dropped; taken: earlier parts of
-        the batch.
-
-        In float64: float32 would round a limit up beyond the clip norm that the noise is made for.
-        Under a filter an instance that a loader repeats within one logical batch enters the sum once.
-        """
-        limits = np.full(len(positions), clip_norm)
-        if self.thresholds is not None:
-            limits = np.minimum(limits, self.thresholds[positions].astype(np.float64))
-        if self.spending is None:
-            return limits
-        limits[self.spending.dropped[positions]] = 0.0
-        again = np.ones(len(positions), dtype=np.bool_)
-        again[np.unique(positions, return_index=True)[1]] = False
-        for earlier, _ in taken:
-            again |= np.isin(positions, earlier)
-        limits[again] = 0.0
-        return limits
-
     def resume(self, anchor: Anchor) -> None:
         """Continue the ledger from a checkpoint taken at ``anchor``; later steps of the ledger stay
         charged.
@@ -253,6 +210,19 @@ class Recorder:
         """Flush and end the ledger; later steps raise LedgerError PIA044."""
         if self._writer is not None:
             self._writer.close()
+
+    def limits(
+        self, positions: NDArray[np.int64], clip_norm: float, taken: Sequence[Observation]
+    ) -> NDArray[np.float64]:
+        """(B,) norms at which instances are clipped now; taken: earlier parts of the logical batch.
+
+        In float64: float32 would round a limit up beyond the clip norm that the noise is made for.
+        """
+        limits = np.full(len(positions), clip_norm)
+        if self.thresholds is not None:
+            limits = np.minimum(limits, self.thresholds[positions].astype(np.float64))
+        limits[not_admitted(self.spending, positions, (earlier for earlier, _ in taken))] = 0.0
+        return limits
 
     def sweep_if_due(self, limit: int) -> None:
         """Measure all norms and state new thresholds, when the next step is one of Sweep's public
@@ -361,19 +331,6 @@ class Recorder:
             grad_sample_mode=setting.grad_sample_mode,
             plan_digest=setting.plan_digest,
             projection_radius=setting.projection_radius,
-        )
-
-
-def _refuse_private_end(setting: Setting, budgets: Norms) -> None:
-    """Dropping is invisible to the others; the number of steps is not. A run may end by a budget only where
-    the end follows from public numbers: everybody charged the clip norm, one budget."""
-    public = isinstance(setting.charging, WorstCase) and len(np.unique(budgets)) == 1
-    if setting.budget is not None and setting.budget.on_spent != "drop" and not public:
-        raise GuaranteeError(
-            "PIA012",
-            f"on_spent={setting.budget.on_spent!r} with charging rule {setting.charging.name!r}",
-            "The number of steps would tell when one instance's own losses were spent: no bound holds",
-            'PrivacyFilter(on_spent="drop"), or charging=WorstCase() with one budget for everybody',
         )
 
 
