@@ -62,6 +62,7 @@ class Spending:
         self._settled = np.zeros(size)
         self._steps = 0
         """Steps since ``_settled``, charged ``_charge`` each; always 0 for the rule Unamplified."""
+        self._bound = np.zeros(size)
         self._charge = np.zeros(size)
         """What the next step may cost each instance, under ``phase``."""
         self._near = True
@@ -144,7 +145,7 @@ class Spending:
     def _take_drop(self, event: Drop) -> None:
         # The others' charges are as before, so nothing but the sums of the dropped needs to be settled.
         self._settled[event.positions] += self._steps * self._charge[event.positions]
-        self._charge[event.positions] = 0.0
+        self._charge[event.positions] = self._bound[event.positions] = 0.0
         self.dropped[event.positions] = True
         self._set_quiet()
 
@@ -165,8 +166,7 @@ class Spending:
             sums = (self._settled[positions] + self._charge[positions]) * _SLACK
             self._near = self._near or bool((sums > self.filter.budgets[positions]).any())
         else:
-            limits = self._bounds(phase)[positions] if positions.size else np.empty(0)
-            self.contradicted |= bool((contributions > limits * _ABOVE).any())
+            self.contradicted |= bool((contributions > self._bound[positions] * _ABOVE).any())
             self._steps += 1
 
     def _bounds(self, phase: Phase) -> Array:
@@ -195,7 +195,7 @@ class Spending:
 
     def _set_charge(self) -> None:
         if self.phase is not None:
-            filtered = self.phase.kind == "train"
+            self._bound, filtered = self._bounds(self.phase), self.phase.kind == "train"
             self._charge = self._charges(self.phase) if filtered else np.zeros_like(self._charge)
             self._set_quiet()
 

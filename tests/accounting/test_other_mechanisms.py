@@ -43,7 +43,7 @@ THRESHOLDS = np.linspace(0.1, 1.5, N).astype(np.float32)
 
 
 def test_schedules_of_noise_clip_norm_and_rate():
-    """Each step at its own mechanism: never below the naive sum, at most 1 % above. A frozen one is caught."""
+    """Each step at its own mechanism: never below the naive sum or 1 % above; a frozen one is caught."""
     draw = np.random.default_rng(0)
     mechanisms = [
         phase(
