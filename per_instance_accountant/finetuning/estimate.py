@@ -61,7 +61,8 @@ def run_estimate(
     ledger without the steps of a plan is what keeps every certificate away from this model.
 
     Raises UsageError PIA070 (steps), PlanError PIA034 (the data are not exactly the retained instances) and
-    PIA033 (``output`` holds a run of a plan, the checkpoint is of another moment), LedgerError, CertificateError PIA051 (the checkpoint).
+    PIA033 (``output`` holds a run of a plan, the checkpoint is of another moment), LedgerError,
+    CertificateError PIA051 (the checkpoint).
     """
     if type(steps) is not int or steps < 0:
         raise UsageError("PIA070", f"steps is {steps!r}", "Nothing was run", "steps=100")
