@@ -33,7 +33,9 @@ class Assumptions:
     destroys contraction). gradient_norm: upper bound of every instance's gradient norm, by which that is
     checked against the ledger. individual_thresholds: individual thresholds below gradient_norm are at least
     that instance's own gradient bound. radius: bound on the parameters. num_instances: N that L is for.
-    sources: name -> ``"derived"``, ``"user"`` or ``"run"``.
+    feature_norm: bound on every instance's features, from which a helper derived the rest.
+    sources: name -> ``"derived"``, ``"user"`` or ``"run"``. ``"derived"`` is checked: smoothness and
+    gradient_norm must follow from feature_norm, num_instances and denominator as in a helper below.
 
     Raises PlanError PIA031 for values out of range.
     """
@@ -46,10 +48,11 @@ class Assumptions:
     gradient_norm: float | None = None
     individual_thresholds: bool = False
     radius: float | None = None
+    feature_norm: float | None = None
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("smoothness", "gradient_norm", "radius"):
+        for name in ("smoothness", "gradient_norm", "radius", "feature_norm"):
             value = getattr(self, name)
             _require(value is None or (_is_number(value) and 0 <= value < math.inf), name, value, "[0, inf)")
         ok = self.denominator is None or (_is_number(self.denominator) and 0 < self.denominator < math.inf)
@@ -69,6 +72,19 @@ class Assumptions:
         known = {n: s for n, s in self.sources.items() if n in _NAMES and s in SOURCES}
         _require(len(known) == len(self.sources), "sources", dict(self.sources), f"names to one of {SOURCES}")
         object.__setattr__(self, "sources", MappingProxyType(dict(self.sources)))
+        derived = [name for name, source in known.items() if source == "derived"]
+        _require(not derived or self._follows(derived), "source", "derived", "what a helper derived")
+
+    def _follows(self, derived: list[str]) -> bool:
+        """Whether the derived facts are consequences of the stated ones for one of the linear models."""
+        norm, count, denominator = self.feature_norm, self.num_instances, self.denominator
+        if not set(derived) <= _DERIVABLE or norm is None or count is None or denominator is None:
+            return False
+        smoothness, gradient = self.smoothness or 0.0, self.gradient_norm or 0.0
+        return self.convexity <= 0 and any(
+            smoothness >= curvature * norm**2 * count / denominator and gradient >= slope * norm
+            for curvature, slope in _LINEAR_MODELS
+        )
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """``{name: {"value": v, "source": s}}`` of everything that is stated."""
@@ -103,6 +119,11 @@ class Assumptions:
 
 _NAMES: Final = tuple(f.name for f in fields(Assumptions) if f.name != "sources")
 _DEFAULTS: Final = {f.name: f.default for f in fields(Assumptions) if f.name != "sources"}
+
+
+_LINEAR_MODELS: Final = ((0.5, math.sqrt(2)), (0.25, 1.0))
+"""Curvature and slope over the feature norm: softmax and logistic regression."""
+_DERIVABLE: Final = frozenset(("smoothness", "convexity", "gradient_norm", "clipping_never_binds"))
 
 
 def _is_number(value: object) -> bool:
@@ -168,7 +189,7 @@ def softmax_regression(
     >>> softmax_regression(feature_norm=1.0, num_instances=100, denominator=10.0).smoothness
     5.000000000000002
     """
-    return _linear_model(0.5, math.sqrt(2), feature_norm, num_instances, denominator, individual_thresholds)
+    return _linear_model(*_LINEAR_MODELS[0], feature_norm, num_instances, denominator, individual_thresholds)
 
 
 def logistic_regression(
@@ -182,7 +203,7 @@ def logistic_regression(
     >>> logistic_regression(feature_norm=2.0, num_instances=100, denominator=100.0).gradient_norm
     2.000000000000001
     """
-    return _linear_model(0.25, 1.0, feature_norm, num_instances, denominator, individual_thresholds)
+    return _linear_model(*_LINEAR_MODELS[1], feature_norm, num_instances, denominator, individual_thresholds)
 
 
 def _linear_model(
@@ -197,7 +218,8 @@ def _linear_model(
         "num_instances": num_instances,
         "clipping_never_binds": True,
         "gradient_norm": slope * norm * _UP,
+        "feature_norm": float(norm),
+        "individual_thresholds": individual,
     }
-    if individual:
-        stated["individual_thresholds"] = True
-    return Assumptions(**stated, sources=dict.fromkeys((*stated, "convexity"), "derived"))
+    sources = {name: "derived" if name in _DERIVABLE else "user" for name in (*stated, "convexity")}
+    return Assumptions(**stated, sources=sources)

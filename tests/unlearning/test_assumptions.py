@@ -135,3 +135,16 @@ def test_round_trip_keeps_values_and_sources():
         "radius": {"value": 2.0, "source": "run"}
     }
     assert Assumptions().to_dict() == {}
+
+
+@pytest.mark.parametrize("change", [{"smoothness": 1e-6}, {"gradient_norm": 0.1}, {"feature_norm": None}])
+def test_what_is_called_derived_must_follow(change):
+    """Provenance cannot be invented: the constructor derives again."""
+    honest = softmax_regression(feature_norm=1.0, num_instances=100, denominator=10.0)
+    stated = {name: entry["value"] for name, entry in honest.to_dict().items()}
+    with pytest.raises(PlanError, match="PIA031"):
+        Assumptions(**{**stated, **change}, sources=honest.sources)
+    assert Assumptions(**{**stated, **change}).sources == {}
+    assert Assumptions.from_dict(honest.to_dict()).to_dict() == honest.to_dict()
+    assert {honest.sources[name] for name in ("smoothness", "gradient_norm")} == {"derived"}
+    assert {honest.sources[name] for name in ("feature_norm", "num_instances", "denominator")} == {"user"}

@@ -97,7 +97,7 @@ def test_laws_of_plans(course, noise, steps, rate, target, scale):
     assert least(target=2 * target) <= here <= least(steps=steps + 10)
     assert least(clip=2.0) >= here and least(noise=2 * noise) <= here
     assert least(ids=(3, 4)) >= here
-    flat = dataclasses.replace(course().known, clipping_never_binds=True, gradient_norm=None)
+    flat = dataclasses.replace(course().known, clipping_never_binds=True, gradient_norm=None, sources={})
     assert least(known=flat, clip=1.5 * scale, noise=noise * scale) == here
     start = account(course().train(steps, noise_std=noise, sample_rate=rate).ledger, orders=[4.0]).rdp[3, 0]
     assert start > target * (1 - 1e-9) or here == 0
@@ -140,7 +140,7 @@ def test_individual_thresholds_decide_who_needs_most(course):
     values = np.linspace(0.1, 1.5, 40)
     run = course()
     run.thresholds(values).train(60, charging="fixed_thresholds")
-    known = dataclasses.replace(run.known, individual_thresholds=True, gradient_norm=None)
+    known = dataclasses.replace(run.known, individual_thresholds=True, gradient_norm=None, sources={})
     found = plan(run.ledger, ids=[2, 30, 7], target_epsilon=1e-3, order=8, assumptions=known)
     steps = {row.id: row.steps for row in found.per_instance}
     assert found.deciding_id == 30 and steps[2] < steps[7] < steps[30] <= found.steps
@@ -230,7 +230,7 @@ def test_a_run_that_was_certified_only_at_times_is_refused(course):
 )
 def test_bounds_whose_assumptions_fail_are_not_used(course, changes, known, word):
     run = course().train(60, **changes)
-    assumptions = dataclasses.replace(run.known, **known)
+    assumptions = dataclasses.replace(run.known, **known, sources={})
     found = plan(run.ledger, ids=[3], target_epsilon=1e-3, order=8, assumptions=assumptions)
     assert not found.reachable and found.bound == "R0 data processing"
     assert reasons(found, word) >= CONTRACTING
