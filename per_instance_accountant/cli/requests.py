@@ -50,7 +50,7 @@ def read_requests(text: str, ledger: Ledger) -> Requests:
         raise _malformed("holds no request")
     distinct = dict.fromkeys(one for _, one in wanted)
     positions = ledger.positions_of(np.array(list(distinct), dtype=None if kind.kind == "U" else kind))
-    gone = _forgotten(ledger)
+    gone = ledger.forgotten
     open_ids = {one for one, position in zip(distinct, positions.tolist(), strict=True) if not gone[position]}
     statuses: dict[str, str] = {}
     for request, one in wanted:
@@ -67,17 +67,6 @@ def _parsed(row: list[str], number: int, kind: np.dtype[Any]) -> tuple[str, Any]
         return row[0], row[1] if kind.kind == "U" else _integer(row[1])
     except ValueError:
         raise _malformed(f"holds an id in line {number} that is not of the ledger's type {kind}") from None
-
-
-def _forgotten(ledger: Ledger) -> NDArray[np.bool_]:
-    """(N,) whether a request for this instance is in the ledger."""
-    from per_instance_accountant.ledger.records import Thresholds
-
-    gone = np.zeros(ledger.num_instances, dtype=np.bool_)
-    for event in ledger.events():
-        if isinstance(event, Thresholds) and event.source == "forget":
-            gone |= event.values == 0
-    return gone
 
 
 def _malformed(happened: str) -> UsageError:

@@ -24,7 +24,7 @@ def retained_positions(
     the positions cannot be told.
     """
     rows = _rows(dataset, positions)
-    gone = np.union1d(forget, _forgotten(ledger))
+    gone = np.union1d(forget, np.flatnonzero(ledger.forgotten))
     held = int(np.isin(rows, gone).sum())
     if held:
         raise PlanError(
@@ -60,15 +60,6 @@ def _rows(dataset: Dataset[Any], positions: ArrayLike | None) -> NDArray[np.int6
     return rows.astype(np.int64)
 
 
-def _forgotten(ledger: Ledger) -> NDArray[np.int64]:
-    """Positions that earlier requests excluded."""
-    gone = np.zeros(ledger.num_instances, dtype=bool)
-    for event in ledger.events():
-        if isinstance(event, Thresholds) and event.source == "forget":
-            gone |= event.values == 0
-    return np.flatnonzero(gone)
-
-
 def forget_thresholds(ledger: Ledger, plan: UnlearningPlan, forget: NDArray[np.int64]) -> Thresholds:
     """Fixed thresholds as in training, or the clip norm, with the forget set at zero.
 
@@ -78,7 +69,7 @@ def forget_thresholds(ledger: Ledger, plan: UnlearningPlan, forget: NDArray[np.i
     for event in ledger.events():
         if isinstance(event, Thresholds) and event.source != "sweep":
             fixed = event.values
-    gone = np.union1d(forget, _forgotten(ledger))
+    gone = np.union1d(forget, np.flatnonzero(ledger.forgotten))
     clip = np.float32(plan.mechanism.max_grad_norm)
     individual = fixed is not None and ledger.phases[-1].charging == FixedThresholds.name
     values = fixed.copy() if fixed is not None and individual else np.full(ledger.num_instances, clip)

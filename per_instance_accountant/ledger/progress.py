@@ -52,6 +52,11 @@ class Progress:
         """Steps that at least one Resume left behind."""
         return sum(end - start for start, end in self.abandoned)
 
+    @property
+    def forgotten(self) -> NDArray[np.bool_]:
+        """(N,) who a deletion request excluded, for good."""
+        return np.zeros(self.num_instances, np.bool_) if self._forgotten is None else self._forgotten.copy()
+
     def check(self, event: Event) -> None:
         """Raise LedgerError PIA045, UsageError PIA070 or PIA071 if ``event`` cannot be the next fact."""
         if type(event) not in _RULES:

@@ -107,6 +107,8 @@ class Ledger:
         """Steps that some Resume left behind; they stay charged."""
         self.abandoned: Final = tuple(progress.abandoned)
         """Those steps as disjoint rising intervals ``(first, end)``."""
+        self.forgotten: Final = progress.forgotten
+        """(N,) bool, instances that a deletion request excluded."""
         self.phases: Final[tuple[Phase, ...]] = tuple(progress.phases)
         self.confirmed: Final = not progress.pending
         """Whether the last step is known to have been released (it is charged either way)."""
