@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from per_instance_accountant.accounting.levels import Span, tight_epsilon
 from per_instance_accountant.accounting.rules import Basis
 from per_instance_accountant.accounting.spending import CertifiedBudget
 from per_instance_accountant.divergence import gaussian_epsilon, rdp_to_epsilon
+from per_instance_accountant.results import Tabular
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
-class IndividualLoss:
+class IndividualLoss(Tabular):
     """One Renyi curve per instance. All values are upper bounds in nats; ``basis`` says of what.
 
     rdp: (N, m). orders: (m,). ids: (N,) business ids. charging: names of the rules that were applied.
@@ -78,6 +81,21 @@ class IndividualLoss:
         if self.worst_spans is None:
             return epsilon
         return float(min(epsilon, *tight_epsilon(self.worst_spans, delta)))
+
+    def to_arrow(self) -> pa.Table:
+        """One row per instance: id, basis, and ``rdp_<order>`` in nats for every order."""
+        curves = {f"rdp_{order:g}": pa.array(self.rdp[:, j]) for j, order in enumerate(self.orders.tolist())}
+        basis = pa.array([str(self.basis)] * len(self.ids), pa.string())
+        return pa.table({"id": pa.array(self.ids), "basis": basis} | curves)
+
+    def _summary(self) -> Mapping[str, str]:
+        return {
+            "instances": str(len(self.ids)),
+            "steps": str(self.num_steps),
+            "charging rule": "+".join(self.charging),
+            "basis": str(self.basis),
+            "orders": f"{len(self.orders)}, from {self.orders.min():g} to {self.orders.max():g}",
+        }
 
     def __repr__(self) -> str:
         rules = "+".join(self.charging)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,21 +12,22 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from per_instance_accountant.accounting import Basis, ChargingRule, IndividualLoss, account
-from per_instance_accountant.audit.rounding import rounded_up
 from per_instance_accountant.audit.statement import statement_text
 from per_instance_accountant.divergence import DEFAULT_ORDERS
 from per_instance_accountant.errors import UsageError
 from per_instance_accountant.ledger import Ledger
 from per_instance_accountant.ledger.records import Phase
+from per_instance_accountant.results import Tabular
+from per_instance_accountant.results.rounding import rounded_up
+from per_instance_accountant.results.views import view
 
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 _BYTES_PER_INSTANCE = 2 * 8 * len(DEFAULT_ORDERS) + 64
 """The curve of an instance, its use, and what the fold keeps beside it."""
-_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
-class BudgetAudit:
+class BudgetAudit(Tabular):
     """Individual budgets. Every epsilon is an upper bound on ``basis``; all values are as private as the
     data.
 
@@ -52,6 +51,8 @@ class BudgetAudit:
     digest: str
     certified_budget: NDArray[np.float64] | None = None
     """(N,) epsilon that is CERTIFIED for each instance because a privacy filter kept to it; None without."""
+    ledger: Ledger | None = None
+    """What was read, for the trajectories of a report."""
 
     def top(self, k: int = 10) -> list[dict[str, Any]]:
         """The ``k`` instances with the largest epsilon, largest first; ties in order of position."""
@@ -157,16 +158,20 @@ class BudgetAudit:
             columns["epsilon_certified"] = pa.array(self.certified_budget)
         return pa.table(columns | {f"group_{name}": pa.array(labels) for name, labels in self.groups.items()})
 
-    def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write :meth:`to_arrow` as an owner-only CSV file; text cells that a spreadsheet would run are
-        quoted."""
-        table = self.to_arrow()
-        descriptor = os.open(Path(path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "w", newline="", encoding="utf-8") as stream:
-            writer = csv.writer(stream)
-            writer.writerow(table.column_names)
-            for row in zip(*(column.to_pylist() for column in table.columns), strict=True):
-                writer.writerow([_inert(cell) for cell in row])
+    def report(self, path: str | os.PathLike[str], **options: Any) -> None:
+        """Write the audit as one static HTML page, owner-only: see
+        :func:`per_instance_accountant.report.write_report` for ``audience=`` and the other options."""
+        view("write_report")(self, path, **options)
+
+    def _summary(self) -> Mapping[str, str]:
+        low, middle, high = (rounded_up(q) for q in self.quantiles([0.1, 0.5, 0.9]).tolist())
+        return {
+            "worst-case epsilon": f"{rounded_up(self.worst_case)} (CERTIFIED)",
+            "individual epsilon, p10 / median / p90": f"{low} / {middle} / {high} ({self.basis})",
+            "delta": f"{self.delta:g}",
+            "instances": str(len(self.ids)),
+            "steps": str(self.num_steps),
+        }
 
     def __repr__(self) -> str:
         low, middle, high = (rounded_up(q) for q in self.quantiles([0.1, 0.5, 0.9]).tolist())
@@ -179,10 +184,6 @@ class BudgetAudit:
 
 def _upper_quantile(values: NDArray[np.float64], q: float) -> float:
     return float(np.quantile(values, q, method="higher"))
-
-
-def _inert(cell: Any) -> Any:
-    return "'" + cell if isinstance(cell, str) and cell.startswith(_FORMULA_STARTS) else cell
 
 
 def audit_budgets(
@@ -232,6 +233,7 @@ def audit_budgets(
         phases=ledger.phases,
         digest=loss.digest,
         certified_budget=np.concatenate(certified) if certified else None,
+        ledger=ledger,
     )
 
 

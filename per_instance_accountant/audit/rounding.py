@@ -1,35 +1,5 @@
-"""Showing an upper bound as an upper bound."""
+"""The rounding of shown bounds, under the name by which the rooms above know it."""
 
-from __future__ import annotations
+from per_instance_accountant.results.rounding import not_nan, rounded_up
 
-import decimal
-import math
-
-from per_instance_accountant.errors import GuaranteeError
-
-_ROUND_UP = decimal.Context(prec=4, rounding=decimal.ROUND_CEILING)
-
-
-def not_nan(value: float) -> float:
-    """The value itself. Raises GuaranteeError PIA011 for NaN."""
-    if math.isnan(value):
-        raise GuaranteeError(
-            "PIA011",
-            "a result is not a number",
-            "Nothing was printed in its place, because NaN passes for any bound",
-            "pia doctor",
-        )
-    return value
-
-
-def rounded_up(value: float) -> str:
-    """Four significant digits, never below the value: what is shown of an upper bound is an upper bound.
-
-    Raises GuaranteeError PIA011 for NaN.
-
-    >>> rounded_up(8.02513), rounded_up(1e-05), rounded_up(float("inf"))
-    ('8.026', '1e-05', 'inf')
-    """
-    if math.isinf(not_nan(value)):
-        return str(value)
-    return f"{float(_ROUND_UP.create_decimal(repr(float(value)))):.4g}"
+__all__ = ["not_nan", "rounded_up"]

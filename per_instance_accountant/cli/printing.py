@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from per_instance_accountant.audit.rounding import not_nan, rounded_up
+from per_instance_accountant.results.files import inert
+from per_instance_accountant.results.rounding import not_nan, rounded_up
 
 SENSITIVE = "Individual values are computed from the training data and are as sensitive as the training data."
-_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
 class Format(enum.StrEnum):
@@ -74,8 +74,7 @@ def as_csv_cell(cell: object) -> object:
     >>> as_csv_cell("=SUM(A1)"), as_csv_cell(-1.5), as_csv_cell("ann")
     ("'=SUM(A1)", -1.5, 'ann')
     """
-    plain = as_json(cell)
-    return f"'{plain}" if isinstance(plain, str) and plain.startswith(_FORMULA_STARTS) else plain
+    return inert(as_json(cell))
 
 
 def as_json(value: Any) -> Any:

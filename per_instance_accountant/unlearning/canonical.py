@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import os
-import tempfile
 from collections.abc import Mapping
 from hashlib import sha256
-from pathlib import Path
 from typing import Any, Final
 
 import rfc8785
@@ -62,22 +60,6 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
     if len(content) > MAX_FILE:
         raise unreadable(f"the file is larger than {MAX_FILE} bytes", "pass a plan or a certificate")
     return content
-
-
-def write_private(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write ``content`` to ``path`` with mode 0600, whole or not at all."""
-    target = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
 
 
 def unreadable(happened: str, fix: str) -> CertificateError:

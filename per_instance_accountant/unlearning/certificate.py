@@ -10,12 +10,12 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from per_instance_accountant.results.files import write_private
 from per_instance_accountant.unlearning.canonical import (
     canonical,
     digest_of,
     read_bytes,
     unreadable,
-    write_private,
 )
 
 STATEMENT_TYPE: Final = "https://in-toto.io/Statement/v1"

@@ -9,10 +9,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from per_instance_accountant.accounting import ChargingRule
 from per_instance_accountant.ledger import Ledger
+from per_instance_accountant.results import Tabular
+from per_instance_accountant.results.rounding import rounded_up
 from per_instance_accountant.unlearning.applicable import Facts
 from per_instance_accountant.unlearning.assumptions import Array, Assumptions
 from per_instance_accountant.unlearning.bounds.interface import Measure, require
@@ -29,8 +32,8 @@ from per_instance_accountant.unlearning.planner import (
 _MOST_KINDS: Final = 256
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class EveryoneSteps:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class EveryoneSteps(Tabular):
     """One row per instance that was not forgotten; as sensitive as the training data.
 
     ids (n,). steps (n,): K alone, inf where unreachable. value (n,): upper bound after K steps (at the limit
@@ -59,6 +62,36 @@ class EveryoneSteps:
         require(bool(np.all((points >= 0) & (points <= 1))), "shares", "outside", "[0, 1]")
         ranks = np.maximum(np.ceil(points * len(self.steps)).astype(np.int64) - 1, 0)
         return np.sort(self.steps)[ranks]
+
+    def to_arrow(self) -> pa.Table:
+        """One row per instance: id, steps (null: unreachable), epsilon after them, bound."""
+        reached = np.isfinite(self.steps)
+        steps = np.where(reached, self.steps, 0).astype(np.int64)
+        return pa.table(
+            {
+                "id": pa.array(self.ids),
+                "steps": pa.array(steps, mask=~reached),
+                "epsilon": pa.array(self.value),
+                "bound": pa.array(self.bound.tolist(), pa.string()),
+            }
+        )
+
+    def _summary(self) -> Mapping[str, str]:
+        counts = [_count(k) for k in self.quantile([0.5, 0.9, 1.0])]
+        return {
+            "instances": str(len(self.ids)),
+            "steps, median / p90 / all": " / ".join(counts),
+            "target epsilon": rounded_up(self.target),
+            "training steps": str(self.training_steps),
+        }
+
+    def __repr__(self) -> str:
+        half, most = (_count(k) for k in self.quantile([0.5, 1.0]))
+        return f"<EveryoneSteps: {len(self.ids)} instances, median {half} steps, all {most} steps>"
+
+
+def _count(steps: float) -> str:
+    return f"{steps:.0f}" if math.isfinite(steps) else "unreachable"
 
 
 def plan_everyone(

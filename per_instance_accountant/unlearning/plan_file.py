@@ -10,10 +10,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
+import pyarrow as pa
 from pydantic import TypeAdapter, ValidationError
 
 from per_instance_accountant.audit.rounding import rounded_up
 from per_instance_accountant.ledger import Anchor
+from per_instance_accountant.results import Tabular
+from per_instance_accountant.results.files import write_private
 from per_instance_accountant.unlearning.applicable import NotApplicable
 from per_instance_accountant.unlearning.bounds.interface import Measure
 from per_instance_accountant.unlearning.canonical import (
@@ -21,7 +24,6 @@ from per_instance_accountant.unlearning.canonical import (
     digest_of,
     read_bytes,
     unreadable,
-    write_private,
 )
 from per_instance_accountant.unlearning.chain import Mechanism
 
@@ -41,7 +43,7 @@ class InstanceSteps:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class UnlearningPlan:
+class UnlearningPlan(Tabular):
     """How many noisy steps on the retained data make the model (target, order) or (target, delta) close to
     retraining.
 
@@ -118,6 +120,28 @@ class UnlearningPlan:
                 "the plan file was changed after it was written", "make the plan again: plan(ledger, ...)"
             )
         return plan
+
+    def to_arrow(self) -> pa.Table:
+        """One row per requested instance alone: id, steps (null: unreachable), epsilon, bound, basis."""
+        rows = self.per_instance
+        return pa.table(
+            {
+                "id": pa.array([row.id for row in rows]),
+                "steps": pa.array([row.steps for row in rows], pa.int64()),
+                "epsilon": pa.array([row.value for row in rows], pa.float64()),
+                "bound": pa.array([row.bound for row in rows], pa.string()),
+                "basis": pa.array([self.basis] * len(rows), pa.string()),
+            }
+        )
+
+    def _summary(self) -> Mapping[str, str]:
+        return {
+            "steps": "unreachable" if self.steps is None else str(self.steps),
+            "epsilon after them": f"{rounded_up(self.value)} ({self.basis}), target {self.target:g}",
+            "bound": self.bound,
+            "requested instances": str(len(self.ids)),
+            "training steps": str(self.training_steps),
+        }
 
     def __repr__(self) -> str:
         found = f"{self.steps} steps by {self.bound}" if self.reachable else "unreachable"

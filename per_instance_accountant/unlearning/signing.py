@@ -11,7 +11,8 @@ from hashlib import sha256
 from typing import Any, Final
 
 from per_instance_accountant.errors import CertificateError, MissingDependencyError, UsageError
-from per_instance_accountant.unlearning.canonical import canonical, read_bytes, unreadable, write_private
+from per_instance_accountant.results.files import write_private
+from per_instance_accountant.unlearning.canonical import canonical, read_bytes, unreadable
 from per_instance_accountant.unlearning.certificate import Certificate
 
 PAYLOAD_TYPE: Final = "application/vnd.in-toto+json"
