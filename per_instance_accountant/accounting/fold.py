@@ -34,7 +34,16 @@ from per_instance_accountant.accounting.spending import certified_budget
 from per_instance_accountant.divergence import DEFAULT_ORDERS, sampled_gaussian_rdp
 from per_instance_accountant.errors import GuaranteeError, UsageError
 from per_instance_accountant.ledger import Ledger
-from per_instance_accountant.ledger.records import Drop, Event, Filter, Phase, Resume, Step, Thresholds
+from per_instance_accountant.ledger.records import (
+    Drop,
+    Event,
+    Filter,
+    Phase,
+    PublicStep,
+    Resume,
+    Step,
+    Thresholds,
+)
 
 Array = NDArray[np.float64]
 
@@ -128,6 +137,9 @@ class _Fold:
     def _take_resume(self, resume: Resume) -> None:
         """Steps of an abandoned branch stay charged; the ledger has what binds the new one stated
         again."""
+
+    def _take_public(self, event: PublicStep) -> None:
+        """No instance took part, so nobody owes anything."""
 
     @property
     def rule(self) -> str:
@@ -237,6 +249,7 @@ _TAKE: dict[type[Event], Callable[[_Fold, Any], None]] = {
     Thresholds: _Fold._take_thresholds,
     Step: _Fold._take_step,
     Resume: _Fold._take_resume,
+    PublicStep: _Fold._take_public,
     Filter: _Fold._take_filter,
     Drop: _Fold._take_drop,
 }

@@ -19,7 +19,16 @@ from per_instance_accountant.divergence import (
 )
 from per_instance_accountant.errors import GuaranteeError, UnsupportedError, UsageError
 from per_instance_accountant.ledger import Ledger
-from per_instance_accountant.ledger.records import Drop, Event, Filter, Phase, Resume, Step, Thresholds
+from per_instance_accountant.ledger.records import (
+    Drop,
+    Event,
+    Filter,
+    Phase,
+    PublicStep,
+    Resume,
+    Step,
+    Thresholds,
+)
 
 Array = NDArray[np.float64]
 
@@ -181,7 +190,7 @@ class _GroupFold:
                 "train again with the loader and the optimizer returned by make_private",
             )
 
-    def take_nothing(self, event: Filter | Resume) -> None:
+    def take_nothing(self, event: Filter | Resume | PublicStep) -> None:
         """Budgets charge nobody, and abandoned steps stay charged."""
 
     def settle(self) -> None:
@@ -242,4 +251,5 @@ _TAKE: dict[type[Event], Callable[[_GroupFold, Any], None]] = {
     Drop: _GroupFold.take_drop,
     Filter: _GroupFold.take_nothing,
     Resume: _GroupFold.take_nothing,
+    PublicStep: _GroupFold.take_nothing,
 }

@@ -13,7 +13,16 @@ from per_instance_accountant.accounting.chords import clip_ratio
 from per_instance_accountant.accounting.odometer import Odometer
 from per_instance_accountant.divergence import DEFAULT_ORDERS, rdp_to_epsilon, sampled_gaussian_rdp
 from per_instance_accountant.ledger import Ledger
-from per_instance_accountant.ledger.records import Drop, Event, Filter, Phase, Resume, Step, Thresholds
+from per_instance_accountant.ledger.records import (
+    Drop,
+    Event,
+    Filter,
+    Phase,
+    PublicStep,
+    Resume,
+    Step,
+    Thresholds,
+)
 
 Array = NDArray[np.float64]
 
@@ -168,8 +177,8 @@ class RunningLoss:
         ratio = repeats * clip_ratio(phase)
         return np.asarray(sampled_gaussian_rdp(phase.amplification_rate, [ratio], self.orders)[0])
 
-    def _take_nothing(self, event: Filter | Resume) -> None:
-        """Budgets charge nobody, and abandoned steps stay charged."""
+    def _take_nothing(self, event: Filter | Resume | PublicStep) -> None:
+        """Budgets and public data charge nobody, and abandoned steps stay charged."""
 
 
 def _charged_alike(one: Phase, other: Phase) -> bool:
@@ -184,4 +193,5 @@ _TAKE: dict[type[Event], Callable[[RunningLoss, Any], None]] = {
     Drop: RunningLoss._take_drop,
     Filter: RunningLoss._take_nothing,
     Resume: RunningLoss._take_nothing,
+    PublicStep: RunningLoss._take_nothing,
 }

@@ -19,7 +19,16 @@ from per_instance_accountant.accounting.filter import check_filterable
 from per_instance_accountant.divergence import gaussian_epsilon, rdp_to_epsilon, sampled_gaussian_rdp
 from per_instance_accountant.errors import GuaranteeError
 from per_instance_accountant.ledger import Ledger
-from per_instance_accountant.ledger.records import Drop, Event, Filter, Phase, Resume, Step, Thresholds
+from per_instance_accountant.ledger.records import (
+    Drop,
+    Event,
+    Filter,
+    Phase,
+    PublicStep,
+    Resume,
+    Step,
+    Thresholds,
+)
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -152,6 +161,9 @@ class Spending:
     def _take_resume(self, event: Resume) -> None:
         """Steps of an abandoned branch stay charged, and whoever was dropped stays dropped."""
 
+    def _take_public(self, event: PublicStep) -> None:
+        """No instance took part."""
+
     def _take_step(self, step: Step) -> None:
         phase = self.phase
         if phase is None or phase.kind != "train":
@@ -213,6 +225,7 @@ _TAKE: dict[type[Event], Callable[[Spending, Any], None]] = {
     Thresholds: Spending._take_thresholds,
     Step: Spending._take_step,
     Resume: Spending._take_resume,
+    PublicStep: Spending._take_public,
     Filter: Spending._take_filter,
     Drop: Spending._take_drop,
 }

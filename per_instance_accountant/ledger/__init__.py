@@ -2,7 +2,18 @@
 fact."""
 
 from per_instance_accountant.ledger.reader import Anchor, Ledger
-from per_instance_accountant.ledger.records import Drop, Event, Filter, Phase, Resume, Run, Step, Thresholds
+from per_instance_accountant.ledger.records import (
+    Drop,
+    Event,
+    Filter,
+    Phase,
+    PublicStep,
+    Resume,
+    Run,
+    Step,
+    Thresholds,
+    new_run_id,
+)
 from per_instance_accountant.ledger.writer import LedgerWriter
 
 __all__ = [
@@ -13,8 +24,10 @@ __all__ = [
     "Ledger",
     "LedgerWriter",
     "Phase",
+    "PublicStep",
     "Resume",
     "Run",
     "Step",
     "Thresholds",
+    "new_run_id",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Final
 
 import numpy as np
@@ -24,10 +24,12 @@ from per_instance_accountant.ledger.records import (
     Event,
     Filter,
     Phase,
+    PublicStep,
     Resume,
     Run,
     Step,
     Thresholds,
+    is_hex,
 )
 
 MAX_METADATA: Final = 1 << 20
@@ -36,6 +38,7 @@ MAX_INSTANCES: Final = 1 << 27
 """A step of everybody must fit into one write call of the system, which takes at most 2 GiB."""
 MAX_TEXT: Final = 256
 """Longest business id or group label in characters: fixed-width arrays of them must stay allocatable."""
+MAX_MERGE: Final = 1 << 26
 _SOURCES: Final = ("fixed", "sweep", "forget")
 _GROUP: Final = "group:"
 _U32: Final = struct.Struct("<I")
@@ -46,11 +49,15 @@ _LATER: Final = "projection_radius"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredRun:
-    """The first frame: the run, its random identity, and the time it began (a comment)."""
+    """The first frame: the run with its random identity, and the time it began (a comment)."""
 
     run: Run
-    run_id: str
     created: str
+
+    @property
+    def run_id(self) -> str:
+        """32 hex digits, equal on all ranks."""
+        return str(self.run.run_id)
 
 
 def payload_limit(kind: int, num_instances: int) -> int:
@@ -58,6 +65,8 @@ def payload_limit(kind: int, num_instances: int) -> int:
     limits = {
         frames.PHASE: MAX_METADATA,
         frames.RESUME: MAX_METADATA,
+        frames.PUBLIC: MAX_METADATA,
+        frames.MERGE: MAX_MERGE,
         frames.MARK: 0,
         frames.THRESHOLDS: _U32.size + 4 * num_instances,
         frames.STEP: 8 * num_instances,
@@ -130,6 +139,14 @@ def _decode_resume(payload: bytes, num_instances: int) -> Resume:
     return Resume(**_strict_json(payload, {"at_step"}))
 
 
+def _encode_public(event: PublicStep, num_instances: int) -> bytes:
+    return canonical_json(asdict(event), "PublicStep", MAX_METADATA)
+
+
+def _decode_public(payload: bytes, num_instances: int) -> PublicStep:
+    return PublicStep(**_strict_json(payload, {"count"}))
+
+
 def _encode_filter(event: Filter, num_instances: int) -> bytes:
     columns = event.orders.astype("<f8", copy=False).tobytes() + event.budgets.astype("<f8").tobytes()
     return _U32.pack(FAMILIES.index(event.family)) + columns
@@ -157,6 +174,7 @@ _ENCODERS: Final[dict[type, tuple[int, Any]]] = {
     Phase: (frames.PHASE, _encode_phase),
     Thresholds: (frames.THRESHOLDS, _encode_thresholds),
     Step: (frames.STEP, _encode_step),
+    PublicStep: (frames.PUBLIC, _encode_public),
     Resume: (frames.RESUME, _encode_resume),
     Filter: (frames.FILTER, _encode_filter),
     Drop: (frames.DROP, _encode_drop),
@@ -165,6 +183,7 @@ _DECODERS: Final[dict[int, Any]] = {
     frames.PHASE: _decode_phase,
     frames.THRESHOLDS: _decode_thresholds,
     frames.STEP: _decode_step,
+    frames.PUBLIC: _decode_public,
     frames.RESUME: _decode_resume,
     frames.FILTER: _decode_filter,
     frames.DROP: _decode_drop,
@@ -215,6 +234,8 @@ def encode_run(stored: StoredRun) -> bytes:
         "assumptions": None if run.assumptions is None else dict(run.assumptions),
         "software": dict(run.software),
     }
+    # Written for parts only, so that the bytes of other ledgers are as they were.
+    content |= {} if run.world_size == 1 else {"rank": run.rank, "world_size": run.world_size}
     text = canonical_json(content, "Run", MAX_METADATA)
     payload = _U32.pack(len(text)) + text + _encode_columns(run)
     if len(payload) > MAX_RUN:
@@ -226,16 +247,19 @@ def decode_run(payload: bytes) -> StoredRun:
     """Inverse of :func:`encode_run`. Any exception means that the payload is malformed."""
     end = _U32.size + _U32.unpack_from(payload)[0]
     names = {"format", "run_id", "created", "num_instances", "assumptions", "software"}
-    content = _strict_json(payload[_U32.size : end], names)
+    part = b'"world_size":' in payload[:end]
+    content = _strict_json(payload[_U32.size : end], names | ({"rank", "world_size"} if part else set()))
     version, run_id, created = content.pop("format"), content.pop("run_id"), content.pop("created")
-    if version != frames.VERSION or len(bytes.fromhex(run_id)) != 16 or not isinstance(created, str):
+    if version != frames.VERSION or not is_hex(run_id, 32) or not isinstance(created, str):
         raise ValueError("not the identity of a run")
     if not isinstance(content["assumptions"], dict | None) or not isinstance(content["software"], dict):
         raise TypeError("a field of the run has another type")
     columns = _decode_columns(payload[end:])
     groups = {name.removeprefix(_GROUP): values for name, values in columns.items() if name != "ids"}
-    run = checked_run(Run(ids=columns.get("ids"), groups=groups, **content))
-    return StoredRun(run=run, run_id=run_id, created=created)
+    if part and content["world_size"] == 1:
+        raise ValueError("not the canonical form of the record")
+    run = checked_run(Run(ids=columns.get("ids"), groups=groups, run_id=run_id, **content))
+    return StoredRun(run=run, created=created)
 
 
 def _encode_columns(run: Run) -> bytes:
@@ -301,9 +325,7 @@ def checked_run(run: Run) -> Run:
     ids = None if run.ids is None else _checked_column(run.ids, count, "ids")
     if ids is not None and (repeated := count - np.unique(ids).size):
         raise _bad_column("PIA070", f"{repeated} of {count} ids are repeated")
-    return Run(
-        num_instances=count, ids=ids, groups=groups, assumptions=run.assumptions, software=run.software
-    )
+    return replace(run, num_instances=count, ids=ids, groups=groups)
 
 
 def _checked_column(values: Any, count: int, name: str) -> NDArray[Any]:

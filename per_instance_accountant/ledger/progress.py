@@ -9,7 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from per_instance_accountant.errors import LedgerError, UsageError
-from per_instance_accountant.ledger.records import Drop, Event, Filter, Phase, Resume, Step, Thresholds
+from per_instance_accountant.ledger.records import (
+    Drop,
+    Event,
+    Filter,
+    Phase,
+    PublicStep,
+    Resume,
+    Step,
+    Thresholds,
+)
 
 _ENFORCED: Final = ("fixed_thresholds", "sweep")
 
@@ -34,6 +43,7 @@ class Progress:
     def __init__(self, num_instances: int) -> None:
         self.num_instances = num_instances
         self.num_steps = 0
+        self.num_public_steps = 0
         self.phases: list[Phase] = []
         self.abandoned: list[tuple[int, int]] = []
         """Disjoint rising half-open intervals of step numbers that some Resume left behind."""
@@ -181,6 +191,17 @@ class Progress:
                 "clip dropped instances at 0",
             )
 
+    def _check_public(self, event: PublicStep) -> None:
+        if not self.phases or self.phases[-1].kind != "train" or self._phase_stale:
+            raise _contradiction(
+                "a public step without a training phase in force",
+                'writer.append(Phase(kind="train", ...)) before: bounds on unlearning need noise in each step',
+            )
+
+    def _apply_public(self, event: PublicStep) -> None:
+        self.num_public_steps += event.count
+        self.pending = False
+
     def _check_positions(self, positions: NDArray[np.int64]) -> None:
         if positions.min() < 0 or positions.max() >= self.num_instances:
             raise _contradiction(
@@ -244,6 +265,7 @@ _RULES: Final[dict[type, tuple[Any, Any]]] = {
     Phase: (Progress._accept_any, Progress._apply_phase),
     Thresholds: (Progress._check_thresholds, Progress._apply_thresholds),
     Step: (Progress._check_step, Progress._apply_step),
+    PublicStep: (Progress._check_public, Progress._apply_public),
     Resume: (Progress._check_resume, Progress._apply_resume),
     Filter: (Progress._check_filter, Progress._apply_filter),
     Drop: (Progress._check_drop, Progress._apply_drop),

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from per_instance_accountant.errors import PlanError, UsageError
 from per_instance_accountant.ledger.frames import damaged
-from per_instance_accountant.ledger.records import Event, Phase, Run
+from per_instance_accountant.ledger.records import Event, Phase, Run, is_hex
 from per_instance_accountant.ledger.storage import Source, directory_source
 from per_instance_accountant.ledger.walk import DIGEST_PREFIX, RunningDigest, Walk, walk_to_end
 
@@ -43,11 +43,11 @@ class Anchor:
         texts = all(isinstance(value, str) for value in (self.digest, self.run_id))
         if not (numbers and texts and self.steps <= self.sequence):
             _refuse_anchor()
-        if not self.digest.startswith(DIGEST_PREFIX) or not _is_hex(
+        if not self.digest.startswith(DIGEST_PREFIX) or not is_hex(
             self.digest.removeprefix(DIGEST_PREFIX), 64
         ):
             _refuse_anchor()
-        if not _is_hex(self.run_id, 32):
+        if not is_hex(self.run_id, 32):
             _refuse_anchor()
 
     def to_dict(self) -> dict[str, Any]:
@@ -60,10 +60,6 @@ class Anchor:
         if not isinstance(content, Mapping) or set(content) != {"sequence", "steps", "digest", "run_id"}:
             _refuse_anchor()
         return cls(**content)
-
-
-def _is_hex(text: str, length: int) -> bool:
-    return len(text) == length and set(text) <= set("0123456789abcdef")
 
 
 def _refuse_anchor() -> NoReturn:

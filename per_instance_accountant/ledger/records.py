@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,13 +33,17 @@ def _require(ok: bool, name: str, value: object, allowed: str) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """What is fixed for the whole run.
+    """What is fixed for the whole run; equal on all its ranks but for ``rank``.
 
     num_instances: N; instances are dataset positions 0..N-1.
     ids: (N,) business ids (int64 or str, unique) or None for the positions themselves.
     groups: name -> (N,) labels (int64 or str), for reports by class or person.
     assumptions: facts about the training problem that unlearning bounds rest on (JSON-able), with their
     source.
+    run_id: 32 hex digits, ``new_run_id()`` of one rank sent to all; None: a fresh one, for one process only.
+    rank, world_size: which of how many processes writes this ledger. With ``world_size > 1`` it is a *part*:
+    the global facts (Phase, Thresholds, Filter) in the order in which they hold for all, and in each Step the
+    instances that this rank drew. ``merge_parts`` makes the ledger of the run from the parts.
     """
 
     num_instances: int
@@ -46,9 +51,32 @@ class Run:
     groups: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     assumptions: Mapping[str, Any] | None = None
     software: Mapping[str, str] = field(default_factory=dict)
+    run_id: str | None = None
+    rank: int = 0
+    world_size: int = 1
 
     def __post_init__(self) -> None:
         _require(self.num_instances >= 1, "num_instances", self.num_instances, "[1, inf)")
+        ranks = type(self.rank) is int and type(self.world_size) is int and 0 <= self.rank < self.world_size
+        _require(ranks, "rank", self.rank, f"[0, world_size) with world_size {self.world_size!r}")
+        known = self.run_id is not None or self.world_size == 1
+        _require(known, "run_id", self.run_id, "one run_id for all ranks, from new_run_id() of one of them")
+        sound = self.run_id is None or is_hex(self.run_id, 32)
+        _require(sound, "run_id", "another text", "32 lower case hex digits")
+
+
+def new_run_id() -> str:
+    """32 random hex digits: the identity that one rank makes and sends to all others.
+
+    >>> len(new_run_id())
+    32
+    """
+    return secrets.token_hex(16)
+
+
+def is_hex(text: object, length: int) -> bool:
+    """Whether ``text`` is a str of so many lower case hex digits."""
+    return isinstance(text, str) and len(text) == length and set(text) <= set("0123456789abcdef")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +159,17 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PublicStep:
+    """``count`` updates of the model that used public data only, of no instance of this run: they cost nobody
+    anything and are no ``Step``. Whoever states it vouches for it; it is never inferred. Training only."""
+
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        _require(type(self.count) is int and self.count >= 1, "count", self.count, "[1, inf)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Filter:
     """Stated before the first step: an instance leaves before the training step that would exceed its budget.
 
@@ -171,4 +210,4 @@ class Resume:
     at_step: int
 
 
-Event = Phase | Thresholds | Step | Resume | Filter | Drop
+Event = Phase | Thresholds | Step | PublicStep | Resume | Filter | Drop

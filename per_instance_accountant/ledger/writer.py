@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import secrets
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +22,7 @@ from per_instance_accountant.ledger.encoding import (
 )
 from per_instance_accountant.ledger.progress import Progress
 from per_instance_accountant.ledger.reader import Anchor, Ledger
-from per_instance_accountant.ledger.records import Event, Resume, Run
+from per_instance_accountant.ledger.records import Event, Resume, Run, new_run_id
 from per_instance_accountant.ledger.storage import (
     KEY_NAME,
     KEY_SIZE,
@@ -76,7 +76,14 @@ class LedgerWriter:
         """
         _check_fsync(fsync)
         created = datetime.now(UTC).isoformat(timespec="seconds")
-        payload = encode_run(StoredRun(run=checked_run(run), run_id=secrets.token_hex(16), created=created))
+        stored = replace(checked_run(run), run_id=run.run_id or new_run_id())
+        return cls._create(path, StoredRun(run=stored, created=created), fsync)
+
+    @classmethod
+    def _create(
+        cls, path: str | os.PathLike[str] | None, stored: StoredRun, fsync: Fsync = "close"
+    ) -> LedgerWriter:
+        payload = encode_run(stored)
         if path is None:
             memory = Memory()
             return cls._begin(memory, memory, payload, fsync)

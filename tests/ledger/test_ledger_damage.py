@@ -370,7 +370,7 @@ def test_well_sealed_nonsense_about_the_run_is_refused(
 
 def test_one_long_text_does_not_blow_up_a_column(make: SimpleNamespace, sample: SimpleNamespace) -> None:
     ids = np.array([str(i) for i in range(2000)])
-    stored = StoredRun(run=Run(num_instances=2000, ids=ids), run_id="ab" * 16, created="")
+    stored = StoredRun(run=Run(num_instances=2000, ids=ids, run_id="ab" * 16), created="")
     long = np.array(["x" * 100_000, *ids[1:]], object)
     for values, expected in ((ids, True), (long, False)):
         run = Run(num_instances=2000, ids=values)
