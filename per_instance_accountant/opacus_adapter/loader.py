@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from opacus.data_loader import CollateFnWithEmpty, DPDataLoader
 from opacus.optimizers import DPOptimizer
 from opacus.utils import batch_memory_manager
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
+from torch.utils._pytree import tree_map
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 from torch.utils.data._utils.pin_memory import pin_memory
 
@@ -93,6 +95,11 @@ class IndexedBatch:
     def pin_memory(self, device: Any = None) -> IndexedBatch:
         return IndexedBatch(self.rows, self.part, pin_memory(self.batch, device))
 
+    def to(self, device: Any, **options: Any) -> IndexedBatch:
+        """On ``device``: some frameworks move a batch before the loop receives it."""
+        moved = tree_map(lambda x: x.to(device, **options) if isinstance(x, torch.Tensor) else x, self.batch)
+        return IndexedBatch(self.rows, self.part, moved)
+
     __iter__ = __getitem__ = __len__ = _rewrapped
 
 
@@ -156,6 +163,24 @@ class SplittingSampler:
         else:
             expected = self.limit
         return math.ceil(len(self.inner) * expected / self.limit)
+
+
+class EvenSampler:
+    """Every logical batch in exactly ``parts`` physical ones, some maybe empty, for loops that count them."""
+
+    def __init__(self, inner: Any, parts: int) -> None:
+        self.inner, self.parts = inner, parts
+
+    def __iter__(self) -> Iterator[Draw]:
+        for logical, rows in enumerate(self.inner):
+            pieces = np.array_split(np.asarray(rows, dtype=np.int64), self.parts)
+            for number, piece in enumerate(pieces):
+                draw = Draw(piece.tolist())
+                draw.part = Part(logical=logical, first=number == 0, last=number == self.parts - 1)
+                yield draw
+
+    def __len__(self) -> int:
+        return len(self.inner) * self.parts
 
 
 class _Iteration:
@@ -268,6 +293,17 @@ def split_loader(loader: TrackedLoader, limit: int, optimizer: DPOptimizer) -> T
     Whether a physical batch ends its logical batch is decided when the user receives it, not when a worker
     fetches it. Raises UnsupportedError PIA060 when ``loader`` is split already.
     """
+    loader.consumer.check_optimizer(optimizer)
+    return _split(loader, SplittingSampler(loader.batch_sampler, limit), limit)
+
+
+def split_evenly(loader: TrackedLoader, parts: int) -> TrackedLoader:
+    """A tracked loader over the same logical batches, each in exactly ``parts`` physical batches: what loops
+    that step after every ``parts`` batches need. Raises UnsupportedError PIA060 when it is split already."""
+    return loader if parts == 1 else _split(loader, EvenSampler(loader.batch_sampler, parts), 256)
+
+
+def _split(loader: TrackedLoader, sampler: Any, limit: int) -> TrackedLoader:
     if loader.limit is not None:
         raise UnsupportedError(
             "PIA060",
@@ -275,13 +311,18 @@ def split_loader(loader: TrackedLoader, limit: int, optimizer: DPOptimizer) -> T
             "Two splits would hide where a logical batch ends",
             "one BatchMemoryManager(data_loader=loader, ...) around the returned loader",
         )
-    loader.consumer.check_optimizer(optimizer)
-    sampler: Any = SplittingSampler(loader.batch_sampler, limit)
     # Parts of one logical batch must arrive together.
     settings = {**_settings(loader), "in_order": True}
     split = TrackedLoader(loader.dataset, batch_sampler=sampler, collate_fn=loader.collate_fn, **settings)
     split.consumer, split.limit = loader.consumer, limit
     return split
+
+
+def relay(batches: Iterator[Any], loader: TrackedLoader) -> Iterator[Any]:
+    """Batches of ``loader`` that came through another loader built around it: announced to its consumer when
+    the user's loop receives them, however far the other one reads ahead."""
+    loader.consumer.check_boundary()
+    return _Iteration(batches, loader.consumer, loader.limit)
 
 
 _opacus_wrap = batch_memory_manager.wrap_data_loader

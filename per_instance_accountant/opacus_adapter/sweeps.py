@@ -4,7 +4,7 @@ state."""
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -36,9 +36,10 @@ def sweep_norms(
 
     module, optimizer, data_loader, criterion: as returned by ``make_private`` (the plain criterion unless
     the mode is ghost). The data set is read in order with the loader's collate function; a batch is
-    ``(*inputs, target)``. Dropout is off. Parameters, gradients, training flags and random states stay as
-    they were. Returns (N,) float32. These norms are not private. Raises UnsupportedError PIA060 for other
-    batches, AlignmentError PIA006 for a norm that is not finite.
+    ``(*inputs, target)``, or a mapping, whose loss is ``criterion(module(**batch), batch)``. Dropout is
+    off. Parameters, gradients, training flags and random states stay as they were. Returns (N,) float32.
+    These norms are not private. Raises UnsupportedError PIA060 for other batches, AlignmentError PIA006
+    for a norm that is not finite.
     """
     dataset, collate = data_loader.dataset, data_loader.collate_fn
     dataset = dataset.inner if isinstance(dataset, IndexedDataset) else dataset
@@ -72,18 +73,19 @@ def sweep_norms(
 def _batch_norms(
     module: Any, optimizer: DPOptimizer, criterion: Callable[..., Any], batch: Any
 ) -> NDArray[np.float64]:
-    if not isinstance(batch, (list, tuple)) or len(batch) < 2:
+    mapping = isinstance(batch, Mapping)
+    if not mapping and (not isinstance(batch, (list, tuple)) or len(batch) < 2):
         raise UnsupportedError(
             "PIA060",
             f"a sweep got a batch of type {type(batch).__name__}",
             "The loss of an instance cannot be computed without knowing inputs and target",
-            "let the data set return (*inputs, target), or use charging=WorstCase()",
+            "let the data set return (*inputs, target) or a dict, or use charging=WorstCase()",
         )
     parameters = optimizer.params
     core = getattr(module, "_module", module)
     for p in core.parameters():
         p.grad = p.grad_sample = None
-    loss = criterion(core(*batch[:-1]), batch[-1])
+    loss = criterion(core(**batch), batch) if mapping else criterion(core(*batch[:-1]), batch[-1])
     if isinstance(criterion, DPLossFastGradientClipping):
         per_instance = loss.loss_per_sample
         (per_instance.mean() if module.loss_reduction == "mean" else per_instance.sum()).backward()
@@ -105,6 +107,8 @@ def _deterministic(core: torch.nn.Module) -> None:
 def _to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, (list, tuple)):
         return [_to_device(item, device) for item in batch]
+    if isinstance(batch, Mapping):
+        return {name: _to_device(item, device) for name, item in batch.items()}
     return batch.to(device) if isinstance(batch, torch.Tensor) else batch
 
 
