@@ -65,6 +65,45 @@ def test_odometer_is_never_below_the_exact_sum(seed: int) -> None:
     assert odometer.bytes_per_instance <= 700
 
 
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 2**31), steps=st.integers(0, 700), size=st.sampled_from([1, 3, 600]))
+def test_charging_steps_at_once_gives_the_counts_of_one_after_another(
+    seed: int, steps: int, size: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    squared = np.exp(rng.uniform(-16, 0, (steps, size))) * (rng.random((steps, size)) > 0.1)
+    squared[rng.random((steps, size)) < 0.05] = 1.0
+    at_once, singly = Odometer(size, RATE, 1.3), Odometer(size, RATE, 1.3)
+    for odometer in (at_once, singly):
+        odometer.advance(3)
+        odometer.set_bounds(slice(None), np.full(size, 0.3))
+        odometer.advance(2)
+    at_once.charge(squared)
+    for row in squared:
+        singly.set_bounds(slice(None), row)
+        singly.advance()
+    singly.set_bounds(slice(None), np.full(size, 0.3))
+    for odometer in (at_once, singly):
+        odometer.advance(7)
+    np.testing.assert_array_equal(at_once.rdp(ORDERS), singly.rdp(ORDERS))
+    np.testing.assert_array_equal(at_once._counts, singly._counts)
+    assert (at_once._counts.sum(axis=1) == (12 + steps) * 256).all(), "a step was charged in part"
+
+
+def test_charging_steps_refuses_bad_bounds_and_stays_as_it_was() -> None:
+    odometer = Odometer(2, RATE, 1.0)
+    odometer.charge([[0.1, 0.2]])
+    before = odometer.epsilons(ORDERS, 1e-5)
+    for bad in ([[0.1, 1.1]], [[0.1, -0.1]], [[0.1, np.nan]], [[0.1]], [0.1, 0.2], [[0.1, 0.2, 0.3]]):
+        with pytest.raises(UsageError, match="PIA07"):
+            odometer.charge(bad)
+    odometer.advance(2**24 - 3)
+    with pytest.raises(UsageError, match="PIA070"):
+        odometer.charge([[0.1, 0.2]] * 2)
+    full = odometer.epsilons(ORDERS, 1e-5)
+    assert (full > before).all() and np.isfinite(full).all()
+
+
 def test_odometer_refuses_bounds_outside_and_stays_as_it_was() -> None:
     odometer = Odometer(2, RATE, 1.0)
     odometer.advance(10)
