@@ -11,7 +11,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from per_instance_accountant.divergence import rdp_to_epsilon, sampled_gaussian_rdp
 from per_instance_accountant.divergence.orders import as_float_array, bad_argument
-from per_instance_accountant.errors import UsageError
 
 Floats = NDArray[np.float64]
 Whole = NDArray[np.int64]
@@ -31,6 +30,7 @@ _UP: Final = (_UNITS << _FINE) + (1 << _FINE) - 1 - int(_FIRST)
 """Turns the bits of a float64, shifted right by ``_FINE``, into its place, rounded up."""
 _PLACE: Final = 16
 """Bits of a place: 256 times the index of a node, plus units of the node above it."""
+_NODE_MASK: Final = 2 ** (_PLACE - 8) - 1
 _CAPACITY: Final = 2**32 // _UNITS
 _CHUNK: Final = 4096
 _BLOCK: Final = 512
@@ -85,9 +85,7 @@ class Odometer:
 
         Raises UsageError PIA070 for entries outside, before anything is changed.
         """
-        place = _places(np.atleast_1d(as_float_array("squared", squared, 1)))
-        self._settle(positions)
-        self._state[positions] = place + (self._step << _PLACE)
+        self._settle(positions, _places(np.atleast_1d(as_float_array("squared", squared, 1))))
 
     def charge(self, squared: ArrayLike) -> None:
         """Charge t steps to everybody, step j at ``squared[j]``, (t, n) in [0, 1]; the bounds that were
@@ -104,8 +102,7 @@ class Odometer:
         values, size = as_float_array("squared", squared, 2), len(self._state)
         if values.ndim != 2 or values.shape[1] != size:
             raise bad_argument("squared", f"has shape {values.shape}", f"(t, {size})", code="PIA071")
-        if not _inside(values):
-            raise _outside()
+        _smallest(values)
         self._settle(slice(None))
         self.advance(len(values))
         for start in range(0, size, _BLOCK):
@@ -146,16 +143,25 @@ class Odometer:
             result[part] = rdp_to_epsilon(orders, self._counts[part].astype(np.float64) @ table, delta)
         return result
 
-    def _settle(self, positions: NDArray[np.int64] | slice) -> None:
-        """Bring the counts of ``positions`` up to date."""
+    def _settle(self, positions: NDArray[np.int64] | slice, place: Whole | None = None) -> None:
+        """Bring the counts of ``positions`` up to date; from now on they are charged at ``place``."""
         state = self._state[positions]
         steps = self._step - (state >> _PLACE)
-        upper = (state & (_UNITS - 1)) * steps
-        index = ((state >> 8) & (2 ** (_PLACE - 8) - 1)) + self._first[positions]
-        np.add.at(self._flat, index, (steps * _UNITS - upper).astype(np.uint32))
+        upper = state & (_UNITS - 1)
+        upper *= steps
+        index = state >> 8
+        index &= _NODE_MASK
+        index += self._first[positions]
+        lower = steps << 8
+        lower -= upper
+        np.add.at(self._flat, index, lower.astype(np.uint32))
         index += 1
         np.add.at(self._flat, index, upper.astype(np.uint32))
-        self._state[positions] = state + (steps << _PLACE)
+        if place is None:
+            self._state[positions] = state + (steps << _PLACE)
+        else:
+            place += self._step << _PLACE
+            self._state[positions] = place
 
     def _table(self, orders: ArrayLike) -> Floats:
         grid = np.atleast_1d(np.asarray(orders, dtype=np.float64))
@@ -171,21 +177,21 @@ def _unit_costs(rate: float, ratio: float, orders: bytes) -> Floats:
     return curves * ((1 + 1e-13) / _UNITS)
 
 
-def _inside(values: Floats) -> bool:
+def _smallest(values: Floats) -> float:
+    """The smallest value. Raises UsageError PIA070 for entries outside [0, 1]."""
+    low, high = (values.min(), values.max()) if values.size else (0.0, 0.0)
     # A NaN is the smallest and the largest, and no comparison with it holds.
-    return values.size == 0 or bool(values.min() >= 0 and values.max() <= 1)
-
-
-def _outside() -> UsageError:
-    return bad_argument("squared", "has entries outside the range", "[0, 1]")
+    if not (low >= 0 and high <= 1):
+        raise bad_argument("squared", "has entries outside the range", "[0, 1]")
+    return float(low)
 
 
 def _places(v: Floats) -> Whole:
     """Places on the grid, rounded up: node 0 is v = 0, node 1 the smallest power of 2."""
-    if not _inside(v):
-        raise _outside()
-    place: Whole = (np.ascontiguousarray(v).view(np.int64) + _UP) >> _FINE
-    small = v < _SMALLEST
-    if small.any():
+    lowest = _smallest(v)
+    place: Whole = np.ascontiguousarray(v).view(np.int64) + _UP
+    place >>= _FINE
+    if lowest < _SMALLEST:
+        small = v < _SMALLEST
         place[small] = np.ceil(v[small] * (_UNITS / _SMALLEST))
     return place
