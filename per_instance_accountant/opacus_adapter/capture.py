@@ -65,9 +65,25 @@ class Tracker:
         return self.recorder.writer.ledger()
 
     @property
+    def batch_is_empty(self) -> bool:
+        """Whether the batch in hand has no instances."""
+        return self._batch is not None and not len(self._batch.rows)
+
+    @property
+    def watches_forward(self) -> bool:
+        """Whether the gradients come from forward passes of the module; not where the user writes them."""
+        return self.recorder.setting.grad_sample_mode != "no_op"
+
+    @property
     def ends_quietly(self) -> bool:
         """Whether a spent budget ends the loop over the loader instead of raising."""
         return self.recorder.ends_quietly
+
+    @property
+    def holds_part(self) -> bool:
+        """Whether the model has seen a part of a logical batch that is not its last and was not stepped."""
+        batch = self._batch
+        return batch is not None and not batch.part.last and self._forwards > 0
 
     def close(self) -> None:
         """Flush and end the ledger. Raises AlignmentError PIA002 inside a logical batch."""
@@ -165,7 +181,7 @@ class Tracker:
             )
         if optimizer.step_hook is not self._hook:
             _refuse_hook()
-        if self._forwards != 1:
+        if self._forwards != 1 and self.watches_forward:
             raise AlignmentError(
                 "PIA005",
                 f"{self._forwards} training forward passes of the model since the last step, expected 1",
@@ -245,6 +261,7 @@ class Tracker:
             self.recorder.enforce_budgets()
         limits = self.recorder.limits(positions, mechanism[1], self._pending)
         factors, contributions = clip_factors(norms, limits)
+        contributions = self.optimizer.charged(contributions, limits)
         self._measured, self._mechanism = (positions, contributions), self._mechanism or mechanism
         return factors
 
@@ -306,13 +323,7 @@ class Tracker:
     def abandon(self) -> None:
         """Drop a partly accumulated logical batch: nothing of it was released, so nothing is charged."""
         self._forget()
-        optimizer = self.optimizer
-        optimizer._step_skip_queue.clear()
-        optimizer._is_last_step_skipped = False
-        optimizer.__dict__.pop("found_inf", None)
-        for p in optimizer.params:
-            p.summed_grad = p.grad_sample = p.grad = None
-            p._forward_counter = 0
+        self.optimizer.forget()
         for module in self.module.modules():
             module.__dict__.pop("activations", None)
             module.__dict__.pop("max_batch_len", None)

@@ -1,4 +1,4 @@
-"""Flat clipping with one threshold per instance, and the DPOptimizers that do it.
+"""Norms and factors for clipping with one threshold per instance.
 
 Every norm here is an UPPER bound of the norm of the stored gradient and every factor a LOWER bound of the
 one asked for, so the clipped gradient has norm at most the threshold in exact arithmetic, too.
@@ -6,17 +6,11 @@ one asked for, so the clipped gradient has norm at most the threshold in exact a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
-from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processed
-
-if TYPE_CHECKING:
-    from per_instance_accountant.opacus_adapter.capture import Tracker
 
 BLOCK = 256
 """Terms summed in float32 before the sum goes on in float64."""
@@ -105,78 +99,24 @@ def clip_factors(
     return factors, np.minimum(contributions, round_up(np.asarray(limits)))
 
 
-class TrackedOptimizer(DPOptimizer):
-    """A DPOptimizer whose steps are written to a ledger before noise is added. Made by :func:`install`
-    only."""
+def layer_factors(
+    gradients: Sequence[torch.Tensor], layer_norms: NDArray[np.float64], clip_norm: float
+) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """Factors that clip every parameter's gradient on its own, and upper bounds of the norms that remain.
 
-    tracker: Tracker
-    # With this flag torch.amp.GradScaler announces itself through `found_inf`, and can be refused.
-    _step_supports_amp_scaling = True
+    gradients: one (B, ...) tensor for each of the L parameters. layer_norms: (L,) clip norms, scaled so
+    that their root of squares is ``clip_norm``. Returns (B, L) float32 factors and (B,) float64 norms of all
+    layers together, at most ``clip_norm`` up to rounding; not finite where a gradient is not finite.
 
-    def __reduce__(self) -> Any:
-        return self.tracker.__reduce__()
-
-    def attach_step_hook(self, fn: Callable[[DPOptimizer], None]) -> None:
-        self.tracker.accept_hook(fn)
-        super().attach_step_hook(fn)
-
-    def clip_and_accumulate(self) -> None:
-        for p in self.params:
-            _check_processed_flag(p.grad_sample)
-        gradients = [self._get_flat_grad_sample(p).to(p.dtype) for p in self.params]
-        factors = torch.from_numpy(self.tracker.clip(instance_norms(gradients)))
-        for p, gradient in zip(self.params, gradients, strict=True):
-            factors = factors.to(device=gradient.device, dtype=gradient.dtype)
-            total = torch.einsum("i,i...", factors, gradient)
-            if p.summed_grad is None:
-                p.summed_grad = total
-            else:
-                p.summed_grad += total
-            _mark_as_processed(p.grad_sample)
-        self.tracker.accept()
-
-    def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
-        self.tracker.check_loop()
-        self.clip_and_accumulate()
-        return self._release()
-
-    def _release(self) -> bool:
-        if self._check_skip_next_step():
-            self._is_last_step_skipped = True
-            return False
-        self.tracker.record()
-        self.add_noise()
-        self.scale_grad()
-        if self.step_hook:
-            self.step_hook(self)
-        self.tracker.released()
-        self._is_last_step_skipped = False
-        return True
-
-
-class TrackedGhostOptimizer(TrackedOptimizer, DPOptimizerFastGradientClipping):
-    """A DPOptimizerFastGradientClipping whose steps are written to a ledger before noise is added."""
-
-    def clip_and_accumulate(self) -> None:
-        return None
-
-    def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
-        self.tracker.check_loop()
-        self.tracker.check_clipped()
-        self.accumulate()
-        self.tracker.accept()
-        return self._release()
-
-
-TRACKED: dict[type[DPOptimizer], type[TrackedOptimizer]] = {
-    DPOptimizer: TrackedOptimizer,
-    DPOptimizerFastGradientClipping: TrackedGhostOptimizer,
-}
-"""Optimizer class -> its tracked twin. A class that is not here is refused."""
-
-
-def install(optimizer: DPOptimizer, tracker: Tracker) -> None:
-    """Turn a DPOptimizer into its tracked twin, in place, and close the way around it."""
-    optimizer.tracker = tracker
-    optimizer.__class__ = TRACKED[type(optimizer)]
-    optimizer.original_optimizer.register_step_pre_hook(tracker.before_update)
+    >>> rows = [torch.tensor([[3.0, 0.0]]), torch.tensor([[0.1]])]
+    >>> factors, together = layer_factors(rows, np.array([0.6, 0.8]), 1.0)
+    >>> factors.round(4).tolist(), together.round(4).tolist()
+    ([[0.2, 1.0]], [0.6083])
+    """
+    limits = layer_norms * (clip_norm / float(np.linalg.norm(layer_norms)))
+    norms = np.stack([instance_norms([gradient]) for gradient in gradients], axis=1)
+    finite = np.isfinite(norms)
+    factors, remaining = clip_factors(np.where(finite, norms, 0.0), limits)
+    squares = np.square(remaining.astype(np.float64)).sum(axis=1)
+    together = np.sqrt(squares) * (1 + (norms.shape[1] + 2) * 2.0**-52)
+    return factors, np.where(finite.all(axis=1), together, np.inf)

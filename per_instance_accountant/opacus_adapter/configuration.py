@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import inspect
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import version
@@ -11,14 +13,10 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from opacus.grad_sample import (
-    GradSampleHooks,
-    GradSampleHooksFastGradientClipping,
-    GradSampleModule,
-    GradSampleModuleFastGradientClipping,
-)
+from opacus import grad_sample
+from opacus.accountants.utils import get_noise_multiplier
 from opacus.layers.dp_rnn import DPRNNBase
-from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
+from opacus.optimizers import AdaClipDPOptimizer, DPOptimizer, DPOptimizerFastGradientClipping
 from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from torch.utils.data import DataLoader
@@ -33,12 +31,24 @@ from per_instance_accountant.accounting.rules import (
 from per_instance_accountant.errors import GuaranteeError, PiaError, UnsupportedError, UsageError
 from per_instance_accountant.ledger.records import Run
 from per_instance_accountant.opacus_adapter.capture import Tracker
-from per_instance_accountant.opacus_adapter.clipping import TRACKED, TrackedOptimizer
+from per_instance_accountant.opacus_adapter.optimizers import TRACKED, TrackedOptimizer
 from per_instance_accountant.opacus_adapter.recording import Setting
 from per_instance_accountant.opacus_adapter.sweeps import sweep_norms
 
-GHOST_MODULES = (GradSampleModuleFastGradientClipping, GradSampleHooksFastGradientClipping)
-MODULES = (GradSampleModule, GradSampleHooks, *GHOST_MODULES)
+
+def _classes(*names: str) -> tuple[type[Any], ...]:
+    """Those of these classes of Opacus that the installed version has."""
+    return tuple(getattr(grad_sample, name) for name in names if hasattr(grad_sample, name))
+
+
+GHOST_MODULES = _classes("GradSampleModuleFastGradientClipping", "GradSampleHooksFastGradientClipping")
+NO_OP_MODULES = _classes("GradSampleModuleNoOp", "GradSampleHooksNoOp")
+EXPANDED_MODULES = _classes("GradSampleModuleExpandedWeights")
+MODULES = (
+    *_classes("GradSampleModule", "GradSampleHooks"),
+    *(*GHOST_MODULES, *NO_OP_MODULES, *EXPANDED_MODULES),
+)
+MODES = ("hooks", "functorch", "ew", "ghost", "no_op")
 
 
 def refuse(reason: str, fix: str) -> NoReturn:
@@ -56,13 +66,18 @@ def check_untracked(optimizer: torch.optim.Optimizer) -> None:
 
 
 def check_optimizer(optimizer: DPOptimizer) -> None:
-    """Raise UnsupportedError PIA060 for an optimizer whose clipping is not flat, or that is tracked
+    """Raise UnsupportedError PIA060 for an optimizer of another class than Opacus' own, or tracked
     already."""
     check_untracked(optimizer)
     if type(optimizer) not in TRACKED:
         refuse(
             f"an optimizer of class {type(optimizer).__name__}",
             'make_private(clipping="flat", grad_sample_mode="hooks") in one process',
+        )
+    if isinstance(optimizer, AdaClipDPOptimizer) and not optimizer.expected_batch_size:
+        refuse(
+            "adaptive clipping without an expected batch size, which its count is divided by",
+            "AdaClipDPOptimizer(..., expected_batch_size=...)",
         )
     if any(p.dtype not in (torch.float32, torch.float64) for p in optimizer.params):
         refuse("parameters in low precision, where clipping is inexact", "model.float()")
@@ -116,6 +131,38 @@ def check_module(module: Any, optimizer: DPOptimizer) -> torch.nn.Module:
     return core
 
 
+def check_clipping(
+    mode: str, clipping: str, arguments: Mapping[str, Any], charging: ChargingRule | None
+) -> None:
+    """Raise UnsupportedError PIA060, UsageError PIA071 for a way of clipping that cannot be accounted for."""
+    if clipping not in ("flat", "per_layer", "adaptive"):
+        refuse(f"clipping={clipping!r}", 'make_private(clipping="flat")')
+    if clipping != "flat" and mode == "ghost":
+        refuse(f"clipping={clipping!r} with ghost clipping", 'make_private(grad_sample_mode="hooks")')
+    check_rule(clipping, charging)
+    norms, optimizer = arguments.get("max_grad_norm"), arguments.get("optimizer")
+    if clipping == "per_layer" and isinstance(optimizer, torch.optim.Optimizer):
+        count = sum(p.requires_grad for group in optimizer.param_groups for p in group["params"])
+        values = np.asarray(norms, dtype=np.float64)
+        if values.shape != (count,) or not (values > 0).all() or not np.isfinite(values).all():
+            raise UsageError(
+                "PIA071",
+                f"per-layer clipping with max_grad_norm of shape {values.shape} for {count} parameters",
+                "A layer without a clip norm of its own has no bound",
+                "max_grad_norm=[0.5] * number_of_trainable_parameters, all of them positive",
+            )
+
+
+def check_rule(clipping: str, charging: ChargingRule | None) -> None:
+    """Raise UnsupportedError PIA060 for individual thresholds with adaptive clipping."""
+    if clipping == "adaptive" and isinstance(charging, (FixedThresholds, Sweep)):
+        refuse(
+            f"charging rule {charging.name!r} with adaptive clipping: the count query has a price of its own "
+            "that moves with the clip norm, which no threshold in a ledger includes",
+            'charging=WorstCase(), or clipping="flat"',
+        )
+
+
 def choose_charging(charging: ChargingRule | None, poisson: bool) -> ChargingRule:
     """The rule to charge by. Raises GuaranteeError PIA010 for an amplified rule without Poisson sampling."""
     if charging is None:
@@ -135,6 +182,14 @@ def is_poisson(loader: DataLoader[Any]) -> bool:
     return type(loader.batch_sampler) is UniformWithReplacementSampler
 
 
+def mode_of(module: Any) -> str:
+    """Opacus' name of the way in which this wrapper finds per-sample gradients."""
+    for name, kinds in {"ghost": GHOST_MODULES, "no_op": NO_OP_MODULES, "ew": EXPANDED_MODULES}.items():
+        if isinstance(module, kinds):
+            return name
+    return "functorch" if getattr(module, "force_functorch", False) else "hooks"
+
+
 def describe_setting(
     loader: DataLoader[Any],
     charging: ChargingRule | None,
@@ -149,17 +204,45 @@ def describe_setting(
     poisson = is_poisson(loader)
     rows = len(loader.dataset)  # type: ignore[arg-type]
     rate = sampler.sample_rate if poisson else min(1.0, (loader.batch_size or rows) / rows)
-    mode = "functorch" if getattr(module, "force_functorch", False) else "hooks"
     return Setting(
         charging=choose_charging(charging, poisson),
         sampling="poisson" if poisson else "shuffled",
         sample_rate=float(rate),
         sampler=sampler if poisson else None,
-        grad_sample_mode="ghost" if isinstance(module, GHOST_MODULES) else mode,
+        grad_sample_mode=mode_of(module),
         kind=kind,
         plan_digest=plan_digest,
         positions=positions,
     )
+
+
+def split_options(accountant: Any, arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options for the calibration of noise (those of ``get_epsilon``, and the tolerance), and the others."""
+    known = {"epsilon_tolerance", *inspect.signature(accountant.get_epsilon).parameters} - {
+        "delta",
+        "kwargs",
+        "_",
+    }
+    options = {name: value for name, value in arguments.items() if name in known}
+    return options, {name: value for name, value in arguments.items() if name not in known}
+
+
+def calibrate(loader: DataLoader[Any], *, poisson: bool, epochs: float, **options: Any) -> float:
+    """The noise multiplier for this many epochs over the Poisson loader that Opacus makes of ``loader``.
+
+    Opacus plans ``epochs * len(loader)`` steps at rate ``1 / len(loader)``; its own loader may have one step
+    less, and its accountant a larger rate. Raises GuaranteeError PIA010 without Poisson sampling.
+    """
+    if not poisson:
+        raise GuaranteeError(
+            "PIA010",
+            "make_private_with_epsilon with poisson_sampling=False",
+            "Noise would be calibrated for sampling that does not happen",
+            "make_private(noise_multiplier=get_noise_multiplier(sample_rate=1, steps=epochs, ...), ...)",
+        )
+    length = int(1 / (1 / len(loader)))
+    steps = math.ceil(epochs * length)
+    return float(get_noise_multiplier(sample_rate=1 / length, steps=steps, **options))
 
 
 def check_positions(positions: ArrayLike | None, rows: int, num_instances: int) -> NDArray[np.int64] | None:
@@ -245,6 +328,11 @@ def prepare_sweep(
     Opacus' default, and raises UsageError PIA071 where the model or the batches have another loss."""
     if not isinstance(charging, Sweep):
         return None
+    if isinstance(module, NO_OP_MODULES):
+        refuse(
+            "Sweep with grad_sample_mode='no_op', where nobody else knows how to find gradients",
+            "charging=WorstCase() or FixedThresholds(...)",
+        )
     if criterion is not None:
         return lambda size: sweep_norms(module, optimizer, loader, criterion, batch_size=size)
     assumed: Any = torch.nn.CrossEntropyLoss(reduction=optimizer.loss_reduction)

@@ -4,7 +4,6 @@ top of it."""
 from __future__ import annotations
 
 import io
-import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,22 +13,23 @@ import numpy as np
 import opacus
 import torch
 from numpy.typing import ArrayLike, NDArray
+from opacus.grad_sample import GradSampleModuleExpandedWeights
 from opacus.optimizers import DPOptimizer
 from torch.utils.data import DataLoader
 
 from per_instance_accountant.accounting.filter import PrivacyFilter
 from per_instance_accountant.accounting.rules import ChargingRule
 from per_instance_accountant.accounting.spending import Spending
-from per_instance_accountant.errors import LedgerError, UnsupportedError, UsageError
-from per_instance_accountant.ledger import Anchor, Ledger, LedgerWriter
+from per_instance_accountant.errors import UsageError
+from per_instance_accountant.ledger import Ledger, LedgerWriter
 from per_instance_accountant.opacus_adapter import configuration as check
 from per_instance_accountant.opacus_adapter.capture import ForwardWatch, Tracker
-from per_instance_accountant.opacus_adapter.clipping import install
+from per_instance_accountant.opacus_adapter.checkpoints import CHECKPOINT_KEY, load_plain, read_anchor
+from per_instance_accountant.opacus_adapter.expanded import TrackedExpandedWeights
 from per_instance_accountant.opacus_adapter.ghost import install_ghost
 from per_instance_accountant.opacus_adapter.loader import TrackedLoader, check_loader, track_loader
+from per_instance_accountant.opacus_adapter.optimizers import TRACKED, install
 from per_instance_accountant.opacus_adapter.recording import Recorder
-
-CHECKPOINT_KEY = "per_instance_accountant"
 
 
 def attach(
@@ -51,7 +51,7 @@ def attach(
 ) -> tuple[Tracker, TrackedLoader]:
     """Track a hand-built DPOptimizer: returns the tracker and the loader to iterate over from now on.
 
-    optimizer: a flat DPOptimizer (modes hooks and functorch) or DPOptimizerFastGradientClipping
+    optimizer: a DPOptimizer with flat, per-layer or adaptive clipping, or DPOptimizerFastGradientClipping
     (ghost); it is changed in place. module: its GradSampleModule or GradSampleHooks; found by itself
     when it is alive. ledger: a directory for a new ledger, an open :class:`LedgerWriter` to append
     to, or None for memory. Thresholds that an open ledger recorded last stay in force. charging:
@@ -66,6 +66,7 @@ def attach(
     ledger.
     """
     check.check_optimizer(optimizer)
+    check.check_rule(TRACKED[type(optimizer)].clipping, charging)
     check_loader(data_loader)
     module = check.find_module(optimizer) if module is None else module
     core = check.check_module(module, optimizer)
@@ -92,7 +93,10 @@ def attach(
     install(optimizer, tracker)
     if isinstance(module, check.GHOST_MODULES):
         install_ghost(module, tracker)
-    core.register_forward_pre_hook(ForwardWatch(tracker), with_kwargs=True)
+    elif type(module) is GradSampleModuleExpandedWeights:
+        module.__class__ = TrackedExpandedWeights
+    if tracker.watches_forward:
+        core.register_forward_pre_hook(ForwardWatch(tracker), with_kwargs=True)
     return tracker, loader
 
 
@@ -241,9 +245,32 @@ class PrivacyEngine(opacus.PrivacyEngine):
         self._tracker, tracked = attach(optimizer, loader, module=module, criterion=loss, **self._tracking)
         return (*made[:-1], tracked)
 
-    def make_private_with_epsilon(self, *, criterion: Any = None, **arguments: Any) -> Any:
-        """As in Opacus, same arguments and same tuple; see :meth:`make_private`."""
-        return super().make_private_with_epsilon(criterion=criterion, **arguments)
+    def make_private_with_epsilon(
+        self,
+        *,
+        data_loader: DataLoader[Any],
+        target_epsilon: float,
+        target_delta: float,
+        epochs: float,
+        **arguments: Any,
+    ) -> Any:
+        """As in Opacus, same arguments and same tuple; see :meth:`make_private`.
+
+        After ``epochs`` passes over the returned loader ``get_epsilon(target_delta)`` is at most
+        ``target_epsilon``, also where Opacus plans with another number of steps than its loader has. Raises
+        GuaranteeError PIA010 without Poisson sampling, for which the noise would be calibrated.
+        """
+        options, arguments = check.split_options(self.accountant, arguments)
+        noise = check.calibrate(
+            data_loader,
+            poisson=arguments.get("poisson_sampling", True),
+            epochs=epochs,
+            target_epsilon=target_epsilon,
+            target_delta=target_delta,
+            accountant=self.accountant.mechanism(),
+            **options,
+        )
+        return self.make_private(data_loader=data_loader, noise_multiplier=noise, **arguments)
 
     def _check_arguments(self, arguments: Mapping[str, Any]) -> None:
         """Refuse before the model is changed what :func:`attach` would refuse after it."""
@@ -252,10 +279,9 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 "make_private was called twice on one engine", "PrivacyEngine(ledger=...) for each run"
             )
         mode, clipping = arguments.get("grad_sample_mode", "hooks"), arguments.get("clipping", "flat")
-        if mode not in ("hooks", "functorch", "ghost"):
+        if mode not in check.MODES:
             check.refuse(f"grad_sample_mode={mode!r}", 'make_private(grad_sample_mode="hooks")')
-        if clipping != "flat":
-            check.refuse(f"clipping={clipping!r}", 'make_private(clipping="flat")')
+        check.check_clipping(mode, clipping, arguments, self._tracking["charging"])
         if arguments.get("rand_on_empty"):
             check.refuse(
                 "rand_on_empty=True puts an invented instance into an empty batch", "rand_on_empty=False"
@@ -303,32 +329,3 @@ class PrivacyEngine(opacus.PrivacyEngine):
         torch.save(checkpoint, buffer)
         buffer.seek(0)
         return super().load_checkpoint(path=buffer, **arguments)
-
-
-def load_plain(path: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """A checkpoint of tensors and plain values. Raises UnsupportedError PIA060 when only pickle
-    could read it."""
-    try:
-        content: dict[str, Any] = torch.load(path, **{**options, "weights_only": True})
-    except pickle.UnpicklingError as error:
-        raise UnsupportedError(
-            "PIA060",
-            "the checkpoint holds more than tensors and plain values",
-            "Reading it could run code from the file, so it was not read",
-            "engine.save_checkpoint(..., checkpoint_dict={...}) with plain values only",
-        ) from error
-    return content
-
-
-def read_anchor(checkpoint: Mapping[str, Any]) -> Anchor:
-    """Where in its ledger a checkpoint was taken. Raises LedgerError PIA040 when the file does not
-    say it."""
-    position = checkpoint.get(CHECKPOINT_KEY)
-    if not isinstance(position, dict) or position.get("version") != 1:
-        raise LedgerError(
-            "PIA040",
-            "the checkpoint does not say where in a ledger it was taken",
-            "The steps before it are in no ledger, so every loss would be too small",
-            "engine.save_checkpoint(path=..., module=model) of this package's PrivacyEngine",
-        )
-    return Anchor.from_dict(position["anchor"])

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from opacus.optimizers import DPOptimizer
+from opacus.optimizers import AdaClipDPOptimizer, DPOptimizer
 
 from per_instance_accountant.accounting.filter import PrivacyFilter
 from per_instance_accountant.accounting.rules import ChargingRule, FixedThresholds, Sweep
@@ -141,6 +141,13 @@ class Recorder:
                 "FixedThresholds() for a ledger without thresholds in force",
                 "Nobody would be clipped below max_grad_norm, but everybody charged for less",
                 "FixedThresholds(thresholds=norm_bounds)",
+            )
+        if in_force is not None and isinstance(self.optimizer, AdaClipDPOptimizer):
+            raise GuaranteeError(
+                "PIA013",
+                "adaptive clipping for a ledger with thresholds in force",
+                "The count query costs more than a threshold says, and would not be charged",
+                'make_private(clipping="flat"), or a new ledger',
             )
         self.thresholds, self._writer, self._stated, self._until_sweep = in_force, writer, None, 0
 
@@ -327,7 +334,7 @@ class Recorder:
             learning_rate=learning_rate,
             weight_decay=weight_decay,
             momentum=momentum,
-            optimizer=_optimizer_name(self.optimizer.original_optimizer, rules),
+            optimizer=_optimizer_name(self.optimizer, rules),
             grad_sample_mode=setting.grad_sample_mode,
             plan_digest=setting.plan_digest,
             projection_radius=setting.projection_radius,
@@ -355,9 +362,12 @@ def _rule(group: Mapping[str, Any]) -> tuple[float, float, float, bool]:
     return float(group["lr"]), float(decay), float(momentum), bool(group.get("maximize", False))
 
 
-def _optimizer_name(optimizer: torch.optim.Optimizer, rules: Sequence[tuple[Any, ...]]) -> str:
+def _optimizer_name(private: DPOptimizer, rules: Sequence[tuple[Any, ...]]) -> str:
     """``"SGD"`` only when every parameter moves by one plain descent rule, which bounds can rely on."""
+    optimizer, clipping = private.original_optimizer, getattr(private, "clipping", "flat")
     name = type(optimizer).__name__
+    if clipping != "flat":
+        return f"{name} with {clipping} clipping"
     if type(optimizer) is not torch.optim.SGD:
         return name if name != "SGD" else "a class named SGD"
     if len(set(rules)) > 1:

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from opacus.optimizers import DPOptimizer
 from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from torch.utils.data import DataLoader
 
 from per_instance_accountant.errors import AlignmentError, UnsupportedError
-from per_instance_accountant.opacus_adapter.clipping import instance_norms, round_up
+from per_instance_accountant.opacus_adapter.clipping import round_up
 from per_instance_accountant.opacus_adapter.ghost import ghost_norms
 from per_instance_accountant.opacus_adapter.loader import IndexedCollate, IndexedDataset
+from per_instance_accountant.opacus_adapter.optimizers import TrackedOptimizer
 
 _PARAMETER_STATE = ("grad", "grad_sample", "summed_grad", "_norm_sample", "_forward_counter")
 _MODULE_STATE = ("training", "activations", "max_batch_len")
@@ -26,13 +26,14 @@ _MODULE_STATE = ("training", "activations", "max_batch_len")
 
 def sweep_norms(
     module: Any,
-    optimizer: DPOptimizer,
+    optimizer: TrackedOptimizer,
     data_loader: DataLoader[Any],
     criterion: Callable[..., Any],
     *,
     batch_size: int = 256,
 ) -> NDArray[np.float32]:
-    """Upper bounds of the gradient norms of ALL instances at the present parameters, before clipping.
+    """Upper bounds of the gradient norms of ALL instances at the present parameters, before clipping (with
+    per-layer clipping, after it).
 
     module, optimizer, data_loader, criterion: as returned by ``make_private`` (the plain criterion unless
     the mode is ghost). The data set is read in order with the loader's collate function; a batch is
@@ -71,7 +72,7 @@ def sweep_norms(
 
 
 def _batch_norms(
-    module: Any, optimizer: DPOptimizer, criterion: Callable[..., Any], batch: Any
+    module: Any, optimizer: TrackedOptimizer, criterion: Callable[..., Any], batch: Any
 ) -> NDArray[np.float64]:
     mapping = isinstance(batch, Mapping)
     if not mapping and (not isinstance(batch, (list, tuple)) or len(batch) < 2):
@@ -92,7 +93,7 @@ def _batch_norms(
         norms: NDArray[np.float64] = ghost_norms(module).cpu().numpy()
         return norms
     loss.backward()
-    return instance_norms([optimizer._get_flat_grad_sample(p).to(p.dtype) for p in parameters])
+    return optimizer.measure([optimizer._get_flat_grad_sample(p).to(p.dtype) for p in parameters])
 
 
 def _deterministic(core: torch.nn.Module) -> None:

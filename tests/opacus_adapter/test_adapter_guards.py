@@ -342,10 +342,25 @@ class Recurrent(nn.Module):
 
 
 REFUSED = {
-    "per layer": ({"clipping": "per_layer", "max_grad_norm": [0.1] * 4}, UnsupportedError, "PIA060"),
-    "adaptive": ({"clipping": "adaptive"}, UnsupportedError, "PIA060"),
-    "expanded weights": ({"mode": "ew"}, UnsupportedError, "PIA060"),
-    "no op": ({"mode": "no_op"}, UnsupportedError, "PIA060"),
+    "too many layers": ({"clipping": "per_layer", "max_grad_norm": [0.1] * 4}, UsageError, "PIA071"),
+    "a layer without norm": ({"clipping": "per_layer", "max_grad_norm": [0.1, 0.0]}, UsageError, "PIA071"),
+    "ghost per layer": (
+        {"clipping": "per_layer", "max_grad_norm": [0.1] * 2, "mode": "ghost"},
+        UnsupportedError,
+        "PIA060",
+    ),
+    "another clipping": ({"clipping": "normalised"}, UnsupportedError, "PIA060"),
+    "another mode": ({"mode": "ghost_fsdp"}, UnsupportedError, "PIA060"),
+    "swept adaptively": (
+        {"clipping": "adaptive", "charging": Sweep(every=3)},
+        UnsupportedError,
+        "PIA060",
+    ),
+    "individually adaptive": (
+        {"clipping": "adaptive", "charging": FixedThresholds(thresholds=[1.0] * 97)},
+        UnsupportedError,
+        "PIA060",
+    ),
     "random when empty": ({"rand_on_empty": True}, UnsupportedError, "PIA060"),
     "recurrent": ({"module": Recurrent()}, UnsupportedError, "PIA060"),
     "stream": ({"dataset": Stream()}, UnsupportedError, "PIA060"),

@@ -1,0 +1,252 @@
+"""The DPOptimizers whose steps are written to a ledger before noise is added: one tracked twin for each way
+of clipping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import opacus
+import torch
+from numpy.typing import NDArray
+from opacus.optimizers import (
+    AdaClipDPOptimizer,
+    DPOptimizer,
+    DPOptimizerFastGradientClipping,
+    DPPerLayerOptimizer,
+)
+from opacus.optimizers.optimizer import _generate_noise, _mark_as_processed
+
+from per_instance_accountant.errors import AlignmentError
+from per_instance_accountant.opacus_adapter.adaptive import CountQuery
+from per_instance_accountant.opacus_adapter.clipping import instance_norms, layer_factors
+
+if TYPE_CHECKING:
+    from per_instance_accountant.opacus_adapter.capture import Tracker
+
+OLD = tuple(map(int, opacus.__version__.split(".")[:2])) < (1, 6)
+
+
+class TrackedOptimizer(DPOptimizer):
+    """A DPOptimizer whose steps are written to a ledger before noise is added. Made by :func:`install`
+    only."""
+
+    tracker: Tracker
+    clipping = "flat"
+    gradient_scale = 1.0
+    """What a framework divided the loss by: rows are multiplied by it before they are measured."""
+    # With this flag torch.amp.GradScaler announces itself through `found_inf`, and can be refused.
+    _step_supports_amp_scaling = True
+
+    def __reduce__(self) -> Any:
+        return self.tracker.__reduce__()
+
+    def attach_step_hook(self, fn: Callable[[DPOptimizer], None]) -> None:
+        self.tracker.accept_hook(fn)
+        super().attach_step_hook(fn)
+
+    def measure(self, gradients: Sequence[torch.Tensor]) -> NDArray[np.float64]:
+        """(B,) upper bounds of what would enter the sum if no instance had a threshold below the clip
+        norm's."""
+        return instance_norms(gradients)
+
+    def factors(self, gradients: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """For each parameter (B,) factors that clip the rows of its gradient."""
+        return [torch.from_numpy(self.tracker.clip(self.measure(gradients)))] * len(gradients)
+
+    def charged(self, contributions: NDArray[np.float32], limits: NDArray[np.float64]) -> NDArray[np.float32]:
+        """(B,) contributions, larger where more than the sum is released. limits: 0 for who is not in it."""
+        return contributions
+
+    def clip_and_accumulate(self) -> None:
+        gradients = self._fresh_gradients()
+        for p, gradient, own in zip(self.params, gradients, self.factors(gradients), strict=True):
+            factors = own.to(device=gradient.device, dtype=gradient.dtype)
+            total = torch.einsum("i,i...", factors, gradient)
+            if p.summed_grad is None:
+                p.summed_grad = total
+            else:
+                p.summed_grad += total
+            _mark_as_processed(p.grad_sample)
+        self.tracker.accept()
+
+    def _fresh_gradients(self) -> list[torch.Tensor]:
+        """One (B, ...) tensor for each parameter. An empty batch needs no backward pass."""
+        for p in self.params:
+            sample = getattr(p, "grad_sample", None)
+            if sample is None and self.tracker.batch_is_empty:
+                p.grad_sample = sample = torch.zeros((0, *p.shape), dtype=p.dtype, device=p.device)
+            parts = sample if isinstance(sample, list) else [sample]
+            if sample is None or any(hasattr(part, "_processed") for part in parts):
+                missing = "no" if sample is None else "old"
+                raise AlignmentError(
+                    "PIA003",
+                    f"a trainable parameter has {missing} per-sample gradients for this batch",
+                    "What the instances contribute through it is unknown, so nothing was added",
+                    "let every trainable layer take part, or layer.requires_grad_(False) before make_private",
+                )
+        rows = [self._get_flat_grad_sample(p).to(p.dtype) for p in self.params]
+        return rows if self.gradient_scale == 1 else [row * self.gradient_scale for row in rows]
+
+    def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
+        self.tracker.check_loop()
+        self.clip_and_accumulate()
+        return self._release()
+
+    def _release(self) -> bool:
+        if self._check_skip_next_step():
+            self._is_last_step_skipped = True
+            return False
+        self.tracker.record()
+        self.add_noise()
+        self.scale_grad()
+        if self.step_hook:
+            self.step_hook(self)
+        self.tracker.released()
+        self._is_last_step_skipped = False
+        return True
+
+    def forget(self) -> None:
+        """Drop what was accumulated and not released."""
+        self._step_skip_queue.clear()
+        self._is_last_step_skipped = False
+        self.__dict__.pop("found_inf", None)
+        for p in self.params:
+            p.summed_grad = p.grad_sample = p.grad = None
+            p._forward_counter = 0
+
+
+class TrackedGhostOptimizer(TrackedOptimizer, DPOptimizerFastGradientClipping):
+    """A DPOptimizerFastGradientClipping whose steps are written to a ledger before noise is added."""
+
+    def clip_and_accumulate(self) -> None:
+        return None
+
+    def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
+        self.tracker.check_loop()
+        self.tracker.check_clipped()
+        self.accumulate()
+        self.tracker.accept()
+        return self._release()
+
+
+class TrackedPerLayerOptimizer(TrackedOptimizer, DPPerLayerOptimizer):
+    """A DPPerLayerOptimizer: every parameter's gradient is clipped at its own norm, then all of them together
+    at the instance's threshold.
+
+    The norms of the layers are scaled so that their root of squares is ``max_grad_norm``, which noise is
+    made for: a scheduler that changes the one changes the other.
+    """
+
+    clipping = "per_layer"
+
+    def _layers(self, gradients: Sequence[torch.Tensor]) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+        if len(gradients) != len(self.max_grad_norms):
+            raise AlignmentError(
+                "PIA003",
+                f"{len(gradients)} trainable parameters and {len(self.max_grad_norms)} clip norms",
+                "A parameter would be clipped at another one's norm",
+                "freeze or unfreeze parameters before make_private(clipping='per_layer', ...)",
+            )
+        return layer_factors(gradients, np.asarray(self.max_grad_norms), float(self.max_grad_norm))
+
+    def measure(self, gradients: Sequence[torch.Tensor]) -> NDArray[np.float64]:
+        return self._layers(gradients)[1]
+
+    def factors(self, gradients: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        layers, together = self._layers(gradients)
+        own = self.tracker.clip(together)
+        product = np.nextafter(layers * own, np.float32(0))
+        return [torch.from_numpy(column) for column in product]
+
+
+class TrackedAdaptiveOptimizer(TrackedOptimizer, AdaClipDPOptimizer):
+    """An AdaClipDPOptimizer whose count query is charged and says nothing about the size of the batch.
+
+    Differs from Opacus in the count's denominator: the expected batch size, not the drawn one, which is
+    private; and in that the count is kept across physical batches (docs/opacus_integration.md).
+    """
+
+    clipping = "adaptive"
+
+    @property
+    def query(self) -> CountQuery:
+        """The two noises of the next release. Raises UsageError PIA070 where the count's is too small."""
+        return CountQuery(noise_multiplier=self.noise_multiplier, count_std=self.unclipped_num_std)
+
+    def charged(self, contributions: NDArray[np.float32], limits: NDArray[np.float64]) -> NDArray[np.float32]:
+        return self.query.charge(contributions, limits, float(self.max_grad_norm))
+
+    def factors(self, gradients: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        found = super().factors(gradients)
+        own = found[0]
+        # Half a vote each: the mean of the two answers is what nobody's presence can move by more.
+        self._votes = float(((own == 1).double() - 0.5)[own > 0].sum())
+        return found
+
+    def clip_and_accumulate(self) -> None:
+        super().clip_and_accumulate()
+        self.unclipped_num += self._votes
+
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        # Not AdaClipDPOptimizer's, which would forget the votes of earlier physical batches.
+        DPOptimizer.zero_grad(self, set_to_none)
+
+    def add_noise(self) -> None:
+        query, stated = self.query, self.noise_multiplier
+        self.noise_multiplier = query.gradient_noise_multiplier
+        try:
+            DPOptimizer.add_noise(self)
+        finally:
+            self.noise_multiplier = stated
+
+    def _release(self) -> bool:
+        released = super()._release()
+        if released:
+            self._adapt()
+        return released
+
+    def _adapt(self) -> None:
+        reference = torch.zeros((), device=self.params[0].device)
+        noise = _generate_noise(
+            std=self.unclipped_num_std,
+            reference=reference,
+            generator=self.generator,
+            secure_mode=self.secure_mode,
+        )
+        fraction = 0.5 + float(self.unclipped_num + noise) / float(self.expected_batch_size)
+        self.unclipped_num = 0.0
+        rate = self.clipbound_learning_rate * (fraction - self.target_unclipped_quantile)
+        moved = float(self.max_grad_norm) * float(np.exp(np.clip(-rate, -700, 700)))
+        self.max_grad_norm = min(max(moved, self.min_clipbound), self.max_clipbound)
+
+    def forget(self) -> None:
+        super().forget()
+        self.unclipped_num = 0.0
+
+
+TRACKED: dict[type[DPOptimizer], type[TrackedOptimizer]] = {
+    DPOptimizer: TrackedOptimizer,
+    DPOptimizerFastGradientClipping: TrackedGhostOptimizer,
+    DPPerLayerOptimizer: TrackedPerLayerOptimizer,
+    AdaClipDPOptimizer: TrackedAdaptiveOptimizer,
+}
+"""Optimizer class -> its tracked twin. A class that is not here is refused."""
+
+
+def prepare(optimizer: DPOptimizer) -> None:
+    """Undo what Opacus before 1.6 does to the noise multiplier of AdaClip: it put the sum's in the place of
+    the pair's, which accountants read."""
+    if type(optimizer) is AdaClipDPOptimizer and OLD and optimizer.noise_multiplier > 0:
+        parts = (1 / optimizer.noise_multiplier, 1 / (2 * optimizer.unclipped_num_std))
+        optimizer.noise_multiplier = 1 / math.hypot(*parts)
+
+
+def install(optimizer: DPOptimizer, tracker: Tracker) -> None:
+    """Turn a DPOptimizer into its tracked twin, in place, and close the way around it."""
+    prepare(optimizer)
+    optimizer.tracker = tracker
+    optimizer.__class__ = TRACKED[type(optimizer)]
+    optimizer.original_optimizer.register_step_pre_hook(tracker.before_update)
