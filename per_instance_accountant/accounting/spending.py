@@ -274,7 +274,12 @@ def certified_budget(ledger: Ledger) -> CertifiedBudget | None:
     unlearning phases are added at the clip norm, for everybody. Raises LedgerError for damage.
     """
     spending = Spending.of(ledger)
-    if spending is None or not spending.kept():
+    return None if spending is None else promised_by(spending)
+
+
+def promised_by(spending: Spending) -> CertifiedBudget | None:
+    """The promise after the events that ``spending`` took; None if they show that it was not enforced."""
+    if not spending.kept():
         return None
     budgets = spending.filter.budgets.copy()
     for phase, steps in spending.unfiltered.items():

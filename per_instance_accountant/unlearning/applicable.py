@@ -15,6 +15,7 @@ from per_instance_accountant.unlearning.bounds.bounded_domain import BoundedDoma
 from per_instance_accountant.unlearning.bounds.clipped_gradients import ClippedGradients
 from per_instance_accountant.unlearning.bounds.contractive import Contractive, contractive_from
 from per_instance_accountant.unlearning.bounds.data_processing import DataProcessing, data_processing_from
+from per_instance_accountant.unlearning.bounds.filter_budget import FilterBudget
 from per_instance_accountant.unlearning.bounds.fixed_lsi import FixedLsi
 from per_instance_accountant.unlearning.bounds.interface import Bound, Measure, Tail
 from per_instance_accountant.unlearning.bounds.schedule import Schedule
@@ -104,6 +105,26 @@ def _one_branch(facts: Facts) -> str | None:
     return f"{facts.chain.abandoned_steps} abandoned steps may have been seen: the iterates are not hidden"
 
 
+def _no_hidden_state(facts: Facts) -> str | None:
+    if not facts.chain.hidden_state:
+        return None
+    return "a filter's decisions depend on the models so far, so a step depends on more than the parameters"
+
+
+def _every_update_known(facts: Facts) -> str | None:
+    if facts.chain.public_steps == 0:
+        return None
+    return f"{facts.chain.public_steps} updates from public data, whose contraction nobody states"
+
+
+def _filtered(facts: Facts) -> str | None:
+    if facts.chain.budgets is None:
+        return "the run states no privacy filter"
+    if facts.chain.hidden_state:
+        return None
+    return "who left is public, so the recorded charges themselves are bounds"
+
+
 def _contraction_known(facts: Facts) -> str | None:
     known = facts.assumptions
     if known.smoothness is None:
@@ -152,6 +173,8 @@ def _clipping_never_binds(facts: Facts) -> str | None:
 CONTRACTION: Final[tuple[Requirement, ...]] = (
     _one_state,
     _one_branch,
+    _no_hidden_state,
+    _every_update_known,
     _contraction_known,
     _clipping_never_binds,
 )
@@ -172,7 +195,21 @@ def _projected(facts: Facts) -> str | None:
     return None
 
 
-BALL: Final[tuple[Requirement, ...]] = (_steps_have_one_state, _one_branch, _projected)
+DISTANCE: Final[tuple[Requirement, ...]] = (_steps_have_one_state, _one_branch, _projected)
+BALL: Final[tuple[Requirement, ...]] = (*DISTANCE, _no_hidden_state)
+"""R6 allows any two maps with clipped gradients; R5 needs the same kernel in both worlds."""
+
+
+def _filter_budget(facts: Facts) -> Bound:
+    promised = facts.chain.budgets
+    if promised is None:
+        raise ValueError("the run states no privacy filter")
+    return FilterBudget(
+        measure=facts.measure,
+        family=promised.family,
+        orders=promised.orders,
+        budgets=promised.budgets,
+    )
 
 
 def _contractive(facts: Facts) -> Bound:
@@ -286,12 +323,13 @@ class Row:
 
 ROWS: Final[tuple[Row, ...]] = (
     Row(name=DataProcessing.name, requirements=(), build=Facts.data_processing),
+    Row(name=FilterBudget.name, requirements=(_filtered,), build=_filter_budget),
     Row(name=FixedLsi.name, requirements=CONTRACTION, build=_fixed_lsi),
     Row(name=ShiftedLsi.name, requirements=CONTRACTION, build=_shifted_lsi),
     Row(name=Contractive.name, requirements=CONTRACTION, build=_contractive),
     Row(name=Subsampled.name, requirements=CONTRACTION, build=_subsampled),
     Row(name=BoundedDomain.name, requirements=BALL, build=_bounded_domain),
-    Row(name=ClippedGradients.name, requirements=BALL, build=_clipped_gradients),
+    Row(name=ClippedGradients.name, requirements=DISTANCE, build=_clipped_gradients),
 )
 
 

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from per_instance_accountant.accounting import Basis, ChargingRule, FixedThresholds, WorstCase
 from per_instance_accountant.errors import GuaranteeError
 from per_instance_accountant.ledger import Ledger
-from per_instance_accountant.ledger.records import Drop, Event, Phase, Resume, Step, Thresholds
+from per_instance_accountant.ledger.records import Event, Phase, PublicStep, Resume, Step, Thresholds
+from per_instance_accountant.unlearning.filtering import FilterReplay, MemberBudgets
 
 Array = NDArray[np.float64]
 
@@ -66,6 +67,9 @@ class TrainingChain:
     (S,): whether those came from measured norms. abandoned_steps: steps of branches that a resume left
     behind. at_threshold, above_clip: recorded contributions of anybody that reached the threshold they were
     clipped at (within 1e-5), and that lie above the clip norm. largest_contribution: of anybody, recorded.
+    hidden_state: whether a filter's decisions followed from the course of training, so that the parameters
+    are not the whole state; budgets: what that filter promises to the members. public_steps: updates from
+    public data, without noise.
     """
 
     counts: NDArray[np.int64]
@@ -80,6 +84,9 @@ class TrainingChain:
     largest_contribution: float
     num_instances: int
     last_training: Mechanism | None
+    hidden_state: bool = False
+    budgets: MemberBudgets | None = None
+    public_steps: int = 0
 
     @property
     def num_steps(self) -> int:
@@ -107,7 +114,12 @@ class TrainingChain:
 
     def only(self, members: NDArray[np.int64]) -> TrainingChain:
         """The same steps for some members of the forget set."""
-        return replace(self, thresholds=self.thresholds[:, members], forgotten=self.forgotten[members])
+        return replace(
+            self,
+            thresholds=self.thresholds[:, members],
+            forgotten=self.forgotten[members],
+            budgets=None if self.budgets is None else self.budgets.only(members),
+        )
 
 
 def training_chain(
@@ -121,8 +133,8 @@ def training_chain(
     """Read steps ``first`` to ``stop`` (all when None) of ``ledger`` for the instances at ``positions`` (f,).
 
     charging: None for the rule of the run, or WorstCase() for the clip norm. Raises GuaranteeError PIA012
-    when the thresholds are not certified, PIA011 when a recorded contribution contradicts them, LedgerError
-    for damage.
+    when the thresholds are not certified, PIA011 when a recorded contribution or a drop contradicts them,
+    LedgerError for damage.
     """
     return _read(ledger, positions, charging, first, stop).chain()
 
@@ -132,18 +144,22 @@ class Everybody:
     """The chain of all instances that were not forgotten, each alone, without a (S, N) array.
 
     positions (n,): who they are. chain: the spans, with no member. limits: the v different threshold vectors,
-    each (n,). which (S,): the vector in force in each span.
+    each (n,). which (S,): the vector in force in each span. budgets: what a filter promises to each (n,).
     """
 
     positions: NDArray[np.int64]
     chain: TrainingChain
     limits: tuple[Array, ...]
     which: NDArray[np.int64]
+    budgets: MemberBudgets | None
 
-    def alone(self, thresholds: Array) -> TrainingChain:
-        """The chain of one instance with ``thresholds`` (v,), one per vector."""
+    def alone(self, thresholds: Array, budgets: MemberBudgets | None) -> TrainingChain:
+        """The chain of one instance with ``thresholds`` (v,), one per vector, and ``budgets`` (1,)."""
         return replace(
-            self.chain, thresholds=thresholds[self.which][:, None], forgotten=np.zeros(1, dtype=np.bool_)
+            self.chain,
+            thresholds=thresholds[self.which][:, None],
+            forgotten=np.zeros(1, dtype=np.bool_),
+            budgets=budgets,
         )
 
 
@@ -158,6 +174,7 @@ def everybody(ledger: Ledger, charging: ChargingRule | None = None) -> Everybody
         index = next(known, len(limits))
         limits += [limit] if index == len(limits) else []
         which.append(index)
+    budgets = reading.filter.promise(kept)
     reading.rows = [(row[0], row[1][:0], row[2], row[3]) for row in reading.rows]
     reading.positions = reading.positions[:0]
     return Everybody(
@@ -165,6 +182,7 @@ def everybody(ledger: Ledger, charging: ChargingRule | None = None) -> Everybody
         chain=reading.chain(),
         limits=tuple(limit[kept] for limit in limits),
         which=np.array(which, dtype=np.int64),
+        budgets=budgets if reading.filter.hidden else None,
     )
 
 
@@ -183,13 +201,14 @@ def _read(
 
 
 def _until(events: Iterator[Event], steps: int) -> Iterator[Event]:
-    """Events up to and including step number ``steps``; nothing that was recorded after it."""
+    """Events up to and including step number ``steps``, and the public steps before the next one."""
     seen = 0
     for event in events:
-        if seen >= steps:
+        if seen >= steps and isinstance(event, Step):
             return
+        if seen < steps or isinstance(event, PublicStep):
+            yield event
         seen += isinstance(event, Step)
-        yield event
 
 
 class _Reading:
@@ -205,7 +224,8 @@ class _Reading:
         self.from_sweep = False
         self.forgotten = np.zeros(num_instances, dtype=np.bool_)
         self.requests: list[tuple[int, NDArray[np.bool_]]] = []
-        self.steps = self.abandoned = 0
+        self.steps = self.abandoned = self.public = 0
+        self.filter = FilterReplay()
         self.open_span = False
         self.counts: list[int] = []
         self.rows: list[tuple[Mechanism, Array, float, bool]] = []
@@ -217,6 +237,7 @@ class _Reading:
 
     def take(self, event: Event, *, count: bool) -> None:
         """Dispatch one event; a step is only added to a span if ``count``."""
+        self.open_span &= not self.filter.take(event)
         if isinstance(event, Step):
             self._step(event, count)
             return
@@ -227,13 +248,8 @@ class _Reading:
             self._thresholds(event)
         elif isinstance(event, Resume):
             self._resume(event)
-        elif isinstance(event, Drop):
-            raise GuaranteeError(
-                "PIA011",
-                "a privacy filter dropped instances during training",
-                "Its steps depend on more than the parameters, which the unlearning bounds do not cover",
-                "plan for a run without a filter, or retrain without the instances",
-            )
+        elif isinstance(event, PublicStep):
+            self.public += event.count
 
     def _thresholds(self, event: Thresholds) -> None:
         values = event.values.astype(np.float64)
@@ -288,6 +304,9 @@ class _Reading:
     def _charged(self, phase: Phase) -> Array:
         """(f,) certified bounds on the contributions."""
         rule = self.charging.name if self.charging is not None else phase.charging
+        if rule not in CERTIFIED_RULES and self.charging is None and self.filter.active:
+            # The filter bounds the sum, the clip norm every single step; nothing else is certified.
+            rule = WorstCase.name
         if rule not in CERTIFIED_RULES:
             raise GuaranteeError(
                 "PIA012",
@@ -298,7 +317,8 @@ class _Reading:
         bound = np.full(len(self.positions), phase.max_grad_norm)
         if rule == FixedThresholds.name:
             bound = np.minimum(bound, self._enforced(phase)[self.positions])
-        return np.where(self.forgotten[self.positions], 0.0, bound)
+        out = self.forgotten[self.positions] | self.filter.dropped(self.positions)
+        return np.where(out, 0.0, bound)
 
     def _enforced(self, phase: Phase) -> Array:
         if phase.charging != FixedThresholds.name or self.values is None or self.from_sweep:
@@ -347,4 +367,7 @@ class _Reading:
             largest_contribution=self.largest_contribution,
             num_instances=self.num_instances,
             last_training=None if self.last_training is None else Mechanism.of(self.last_training),
+            hidden_state=self.filter.hidden,
+            budgets=self.filter.promise(self.positions),
+            public_steps=self.public,
         )

@@ -139,7 +139,7 @@ def plan_everyone(
         measure=measure,
         mechanism=unlearning_mechanism(everyone.chain, projection_radius),
     )
-    kinds, member = _kinds(everyone.limits, int(levels))
+    kinds, member = _kinds(everyone, int(levels))
     answers = _solve_kinds(facts, question, everyone, kinds)
     names = tuple(dict.fromkeys(answer.bound for answer in answers))
     steps = np.array([math.inf if answer.steps is None else answer.steps for answer in answers], float)
@@ -165,9 +165,18 @@ def _rounded_up(thresholds: Array, levels: int) -> Array:
     return np.where(thresholds > 0, np.maximum(np.minimum(grid, top), thresholds), 0.0)
 
 
-def _kinds(limits: tuple[Array, ...], levels: int) -> tuple[Array, NDArray[np.int64]]:
-    """(k, v) different rounded thresholds in ascending order, and (n,) the row of each instance."""
+def _kinds(everyone: Everybody, levels: int) -> tuple[Array, NDArray[np.int64]]:
+    """(k, v) different rounded thresholds in ascending order, and (n,) the row of each instance.
+
+    Under a filter whose budgets count two more columns follow: minus the watched order, and the budget
+    rounded up. K does not fall along any of them.
+    """
+    limits, promised = everyone.limits, everyone.budgets
     rounded = [_rounded_up(limit, levels) for limit in limits]
+    if promised is not None:
+        kinds, member = _distinct([*rounded, -promised.orders, _rounded_up(promised.budgets, levels)])
+        if len(kinds) <= _MOST_KINDS:
+            return kinds, member
     kinds, member = _distinct(rounded)
     if len(kinds) > _MOST_KINDS:
         # Too many courses over time: everybody is charged the largest of the own thresholds throughout.
@@ -192,7 +201,14 @@ def _solve_kinds(facts: Facts, question: Question, everyone: Everybody, kinds: A
     """One answer per row. Where no threshold rises as another falls, K is monotone along the rows."""
 
     def alone(row: int, limit: float) -> Answer:
-        return solve(replace(facts, chain=everyone.alone(kinds[row])), replace(question, limit=int(limit)))
+        thresholds, rest = np.split(kinds[row], [len(everyone.limits)])
+        budgets = everyone.budgets
+        if budgets is not None:
+            # Budgets that were too many to be told apart are not used.
+            own = (-rest[:1], rest[1:]) if rest.size else (np.full(1, 2.0), np.full(1, np.inf))
+            budgets = replace(budgets, orders=own[0], budgets=own[1])
+        chain = everyone.alone(thresholds, budgets)
+        return solve(replace(facts, chain=chain), replace(question, limit=int(limit)))
 
     if not bool(np.all(np.diff(kinds, axis=0) >= 0)):
         return [alone(row, question.limit) for row in range(len(kinds))]

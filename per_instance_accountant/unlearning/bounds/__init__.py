@@ -8,6 +8,7 @@ from per_instance_accountant.unlearning.bounds.bounded_domain import BoundedDoma
 from per_instance_accountant.unlearning.bounds.clipped_gradients import ClippedGradients, clipped_gradients
 from per_instance_accountant.unlearning.bounds.contractive import Contractive, contractive
 from per_instance_accountant.unlearning.bounds.data_processing import DataProcessing, data_processing
+from per_instance_accountant.unlearning.bounds.filter_budget import FilterBudget, filter_budget
 from per_instance_accountant.unlearning.bounds.fixed_lsi import FixedLsi, fixed_lsi
 from per_instance_accountant.unlearning.bounds.interface import MAX_STEPS, REFERENCE, Bound, Measure, Tail
 from per_instance_accountant.unlearning.bounds.published import (
@@ -28,6 +29,7 @@ __all__ = [
     "ClippedGradients",
     "Contractive",
     "DataProcessing",
+    "FilterBudget",
     "FixedLsi",
     "Measure",
     "Published",
@@ -39,6 +41,7 @@ __all__ = [
     "clipped_gradients",
     "contractive",
     "data_processing",
+    "filter_budget",
     "fixed_lsi",
     "langevin_unlearning",
     "noisy_sgd_unlearning",
