@@ -39,6 +39,12 @@ CODES: Final[dict[str, str]] = {
     "PIA061": "an optional dependency is not installed",
     "PIA070": "an argument is outside its range",
     "PIA071": "an argument has the wrong type or shape",
+    "PIA115": "the parts that ranks wrote do not make up one run",
+    "PIA116": "parts of a run on several ranks are missing",
+    "PIA117": "the part of one rank was used where the whole run is needed",
+    "PIA125": "too few seeds, instances or models for an interval",
+    "PIA126": "the instances to forget cannot be compared with anything",
+    "PIA127": "the straight line between two models means nothing",
 }
 """Stable code -> title. A code is never reused for another meaning."""
 

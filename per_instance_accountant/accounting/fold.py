@@ -365,6 +365,7 @@ def account(
     CERTIFIED ['0.00259', '0.08936']
     """
     ledger = Ledger.open(ledger)
+    ledger.require_whole()
     _check_rule(ledger, charging)
     part = _checked_partition(partition, ledger.num_instances)
     fold = _Fold(ledger, part, _checked_orders(orders), charging.name if charging else None)

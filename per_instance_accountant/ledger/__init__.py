@@ -1,6 +1,8 @@
 """The ledger: facts about a training run, append-only, crash-safe, owner-only. No conclusion is stored as a
 fact."""
 
+from per_instance_accountant.ledger.merged import Merge
+from per_instance_accountant.ledger.merging import merge_parts
 from per_instance_accountant.ledger.reader import Anchor, Ledger
 from per_instance_accountant.ledger.records import (
     Drop,
@@ -23,11 +25,13 @@ __all__ = [
     "Filter",
     "Ledger",
     "LedgerWriter",
+    "Merge",
     "Phase",
     "PublicStep",
     "Resume",
     "Run",
     "Step",
     "Thresholds",
+    "merge_parts",
     "new_run_id",
 ]

@@ -195,7 +195,7 @@ class Progress:
         if not self.phases or self.phases[-1].kind != "train" or self._phase_stale:
             raise _contradiction(
                 "a public step without a training phase in force",
-                'writer.append(Phase(kind="train", ...)) before: bounds on unlearning need noise in each step',
+                'writer.append(Phase(kind="train", ...)) before; unlearning needs noise in each step',
             )
 
     def _apply_public(self, event: PublicStep) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Final, NoReturn, final
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from per_instance_accountant.errors import PlanError, UsageError
+from per_instance_accountant.errors import GuaranteeError, PlanError, UsageError
 from per_instance_accountant.ledger.frames import damaged
 from per_instance_accountant.ledger.records import Event, Phase, Run, is_hex
 from per_instance_accountant.ledger.storage import Source, directory_source
@@ -92,7 +92,7 @@ class Ledger:
     def __init__(self, source: Source, walk: Walk) -> None:
         """Not for callers: use :meth:`open` or ``LedgerWriter.ledger()``."""
         progress = walk.progress
-        self._source, self._stored = source, walk.stored
+        self.source, self._stored = source, walk.stored
         self._sequence, self._end, self._chain = walk.sequence, walk.end, walk.chain
         self._digest: str | None = None
         self._index: tuple[NDArray[Any], NDArray[np.int64]] | None = None
@@ -106,6 +106,10 @@ class Ledger:
         self.forgotten: Final = progress.forgotten
         """(N,) bool, instances that a deletion request excluded."""
         self.phases: Final[tuple[Phase, ...]] = tuple(progress.phases)
+        self.num_public_steps: Final = progress.num_public_steps
+        """Updates on public data, which cost nobody anything and are no steps."""
+        self.merge: Final = walk.merge
+        """How this ledger was merged from the parts of several ranks; None if it was not."""
         self.confirmed: Final = not progress.pending
         """Whether the last step is known to have been released (it is charged either way)."""
 
@@ -127,7 +131,7 @@ class Ledger:
     @property
     def path(self) -> Path | None:
         """The directory; None for a ledger in memory."""
-        return self._source.path
+        return self.source.path
 
     @property
     def run(self) -> Run:
@@ -161,7 +165,7 @@ class Ledger:
     def digest(self) -> str:
         """``"sha256:<hex>"`` over the bytes up to the last whole frame."""
         if self._digest is None:
-            self._digest = RunningDigest(self._source).upto(self._end)
+            self._digest = RunningDigest(self.source).upto(self._end)
         return self._digest
 
     @property
@@ -177,11 +181,14 @@ class Ledger:
 
         Raises LedgerError PIA042 if the file no longer holds what it held when it was opened.
         """
-        with self._source.reading() as (read_at, size):
-            walk = Walk(self._source.key, read_at, min(size, self._end))
+        return (event for _, event in self.passing() if event is not None)
+
+    def passing(self) -> Iterator[tuple[Walk, Event | None]]:
+        """As :meth:`events`, each with the pass that has just verified it; None for what is no event."""
+        with self.source.reading() as (read_at, size):
+            walk = Walk(self.source.key, read_at, min(size, self._end))
             for event in walk.events():
-                if event is not None:
-                    yield event
+                yield walk, event
         if walk.chain != self._chain:
             damaged(walk.sequence + 1, walk.end, "the log changed after it was opened")
 
@@ -189,18 +196,38 @@ class Ledger:
         """Whether ``anchor`` is a moment of this very ledger: same run, same bytes, same number of steps.
 
         False for a ledger that was rolled back behind the anchor, rewritten, or that belongs to another run.
+        A merged ledger holds the anchors of its parts as well.
         """
+        if self.steps_of_part(anchor) is not None:
+            return True
         if anchor.run_id != self._stored.run_id or anchor.sequence > self._sequence:
             return False
         if anchor.sequence == self._sequence:
             return anchor == self.anchor
-        with self._source.reading() as (read_at, size):
-            walk = Walk(self._source.key, read_at, min(size, self._end))
+        with self.source.reading() as (read_at, size):
+            walk = Walk(self.source.key, read_at, min(size, self._end))
             for _ in walk.events():
                 if walk.sequence == anchor.sequence:
                     break
-        digest = RunningDigest(self._source).upto(walk.end)
+        digest = RunningDigest(self.source).upto(walk.end)
         return (walk.progress.num_steps, digest) == (anchor.steps, anchor.digest)
+
+    def steps_of_part(self, anchor: Anchor) -> int | None:
+        """Steps of this merged ledger at the moment ``anchor`` of one of its parts; None if it is none."""
+        if self.merge is None or anchor.run_id != self._stored.run_id:
+            return None
+        return self.merge.steps_at(anchor.sequence, anchor.steps, anchor.digest)
+
+    def require_whole(self) -> None:
+        """Raise GuaranteeError PIA117 for the part of one rank."""
+        run = self.run
+        if run.world_size > 1:
+            raise GuaranteeError(
+                "PIA117",
+                f"this is the part that rank {run.rank} of {run.world_size} wrote",
+                "It does not say whom the other ranks drew, so no loss of the run can be computed from it",
+                "account(merge_parts([part_of_rank_0, part_of_rank_1], destination))",
+            )
 
     def positions_of(self, ids: ArrayLike) -> NDArray[np.int64]:
         """Positions of business ids, in the order of the request: (k,) int64.
@@ -239,7 +266,7 @@ class Ledger:
         message = f"text:{id}" if isinstance(id, str) else f"integer:{int(id)}"
         return (
             "hmac-sha256:"
-            + hmac.new(self._source.key, message.encode(errors="surrogatepass"), sha256).hexdigest()
+            + hmac.new(self.source.key, message.encode(errors="surrogatepass"), sha256).hexdigest()
         )
 
     def to_arrow(self, name: str) -> Any:

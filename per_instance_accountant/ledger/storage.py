@@ -261,12 +261,13 @@ def make_private(path: Path) -> None:
             finally:
                 os.close(descriptor)
         for directory in (path, path.parent):
-            _sync_directory(directory)
+            sync_directory(directory)
     except OSError as error:
         raise unreadable(error) from None
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Force the entries of a directory to the device, as far as its file system can."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         # Some file systems cannot synchronise a directory; their entries are durable by themselves or not at

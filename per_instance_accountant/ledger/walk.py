@@ -10,6 +10,7 @@ from per_instance_accountant.errors import LedgerError
 from per_instance_accountant.ledger import frames
 from per_instance_accountant.ledger.encoding import MAX_RUN, StoredRun, decode, decode_run, payload_limit
 from per_instance_accountant.ledger.frames import BLOCK, Frame, ReadAt, damaged, read_frames
+from per_instance_accountant.ledger.merged import Merge, decode_merge
 from per_instance_accountant.ledger.progress import Progress
 from per_instance_accountant.ledger.records import Event
 from per_instance_accountant.ledger.storage import Source
@@ -26,6 +27,7 @@ class Walk:
 
     def __init__(self, key: bytes, read_at: ReadAt, size: int) -> None:
         self.sequence, self.end, self.chain = -1, 0, frames.GENESIS
+        self.merge: Merge | None = None
         self._frames = read_frames(read_at, size, key, self._limit)
 
     def _limit(self, kind: int) -> int:
@@ -34,7 +36,7 @@ class Walk:
         return payload_limit(kind, self.progress.num_instances)
 
     def events(self) -> Iterator[Event | None]:
-        """Every event in order; None for the Run frame and for marks. Raises LedgerError PIA042, PIA043."""
+        """Every event in order; None for Run, marks and a merge. Raises LedgerError PIA042, PIA043."""
         for frame in self._frames:
             try:
                 event = self._take(frame)
@@ -52,6 +54,11 @@ class Walk:
             return None
         if frame.kind == frames.MARK:
             self.progress.apply_mark()
+            return None
+        if frame.kind == frames.MERGE:
+            if self.merge is not None or self.stored.run.world_size > 1:
+                raise ValueError("a second merge, or one inside a part")
+            self.merge = decode_merge(frame.payload, self.progress.num_steps)
             return None
         event = decode(frame.kind, frame.payload, self.progress.num_instances)
         self.progress.check(event)

@@ -20,6 +20,7 @@ from per_instance_accountant.ledger.encoding import (
     encode,
     encode_run,
 )
+from per_instance_accountant.ledger.merged import Merge, encode_merge
 from per_instance_accountant.ledger.progress import Progress
 from per_instance_accountant.ledger.reader import Anchor, Ledger
 from per_instance_accountant.ledger.records import Event, Resume, Run, new_run_id
@@ -63,7 +64,7 @@ class LedgerWriter:
 
     def __init__(self, log: Log, source: Source, walk: Walk, fsync: Fsync) -> None:
         """Not for callers: use :meth:`create` or :meth:`resume`."""
-        self._log, self._source, self._walk, self._fsync = log, source, walk, fsync
+        self._log, self.source, self._walk, self._fsync = log, source, walk, fsync
         self._digest = RunningDigest(source)
         self._process, self._closed, self._intact = os.getpid(), False, True
 
@@ -77,12 +78,13 @@ class LedgerWriter:
         _check_fsync(fsync)
         created = datetime.now(UTC).isoformat(timespec="seconds")
         stored = replace(checked_run(run), run_id=run.run_id or new_run_id())
-        return cls._create(path, StoredRun(run=stored, created=created), fsync)
+        return cls.create_stored(path, StoredRun(run=stored, created=created), fsync)
 
     @classmethod
-    def _create(
+    def create_stored(
         cls, path: str | os.PathLike[str] | None, stored: StoredRun, fsync: Fsync = "close"
     ) -> LedgerWriter:
+        """Not for callers: as :meth:`create`, with an identity and a time that are given."""
         payload = encode_run(stored)
         if path is None:
             memory = Memory()
@@ -117,7 +119,9 @@ class LedgerWriter:
 
         A ledger that is ahead of the anchor gets ``Resume(at_step=anchor.steps)``: the later steps stay
         charged, and a Phase or Thresholds stated since the anchor must be stated again. Without an anchor the
-        writer goes on where the ledger ends. An unfinished last frame is cut off.
+        writer goes on where the ledger ends. An unfinished last frame is cut off. A part of a run on several
+        ranks always gets a Resume, so that the sessions of all ranks can be told apart; a merged ledger takes
+        the anchors of its parts as well as its own.
 
         Raises LedgerError PIA040 (anchor newer than the ledger, or of another run), PIA041, PIA042, PIA043,
         PIA044.
@@ -134,10 +138,8 @@ class LedgerWriter:
             if log.end != walk.end:
                 log.truncate(walk.end)
             writer = cls(log, source, walk, fsync)
-            if anchor is not None and anchor.sequence < walk.sequence:
-                writer.append(Resume(at_step=anchor.steps))
-            elif walk.progress.pending:
-                writer.append(Resume(at_step=walk.progress.num_steps))
+            if (at_step := _step_to_resume(ledger, walk, anchor)) is not None:
+                writer.append(Resume(at_step=at_step))
             return writer
         except BaseException:
             log.close()
@@ -180,6 +182,11 @@ class LedgerWriter:
         if self._fsync == "step" or kind == frames.THRESHOLDS:
             self._log.sync()
 
+    def append_merge(self, merge: Merge) -> None:
+        """Not for callers: state once how :func:`merge_parts` made this ledger."""
+        self._require_open()
+        self._record(frames.MERGE, encode_merge(merge), merge)
+
     def flush(self) -> None:
         """Record that the last step was released, and force everything to the device."""
         self._require_open()
@@ -187,19 +194,24 @@ class LedgerWriter:
             self._record(frames.MARK, b"", None)
         self._log.sync()
 
-    def close(self) -> None:
-        """Flush and end; further calls do nothing. A forked child or an interrupted writer writes nothing."""
+    def close(self, *, confirmed: bool = True) -> None:
+        """Flush and end; further calls do nothing. A forked child or an interrupted writer writes nothing.
+
+        confirmed: False if nobody knows whether the last step was released.
+        """
         if self._closed:
             return
         try:
             if self._process == os.getpid() and self._intact:
-                self.flush()
+                if confirmed:
+                    self.flush()
+                self._log.sync()
         finally:
             self._end()
 
     def ledger(self) -> Ledger:
         """What is written so far, without reading it again."""
-        return Ledger(self._source, self._walk)
+        return Ledger(self.source, self._walk)
 
     def __enter__(self) -> Self:
         return self
@@ -217,9 +229,9 @@ class LedgerWriter:
         self._closed = True
         self._log.close()
 
-    def _record(self, kind: int, payload: bytes, event: Event | None) -> None:
+    def _record(self, kind: int, payload: bytes, event: Event | Merge | None) -> None:
         walk = self._walk
-        frame, chain = frames.seal(self._source.key, walk.chain, kind, walk.sequence + 1, payload)
+        frame, chain = frames.seal(self.source.key, walk.chain, kind, walk.sequence + 1, payload)
         self._intact = False
         try:
             self._log.append(frame)
@@ -229,6 +241,8 @@ class LedgerWriter:
         walk.sequence, walk.end, walk.chain = walk.sequence + 1, walk.end + len(frame), chain
         if event is None:
             walk.progress.apply_mark()
+        elif isinstance(event, Merge):
+            walk.merge = event
         else:
             walk.progress.apply(event)
         self._intact = True
@@ -241,6 +255,16 @@ class LedgerWriter:
         if not self._intact:
             # For instance a keyboard interrupt between the system call and the bookkeeping.
             raise in_use("an append was interrupted, so this writer no longer knows where the log ends")
+
+
+def _step_to_resume(ledger: Ledger, walk: Walk, anchor: Anchor | None) -> int | None:
+    """Where the session that begins now starts, in steps of this ledger; None if it just goes on."""
+    if anchor is None:
+        return walk.progress.num_steps if walk.progress.pending or ledger.run.world_size > 1 else None
+    if (merged := ledger.steps_of_part(anchor)) is not None:
+        return merged
+    behind = anchor.sequence < walk.sequence
+    return anchor.steps if behind or ledger.run.world_size > 1 else None
 
 
 def _check_fsync(fsync: str) -> None:

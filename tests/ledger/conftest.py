@@ -62,9 +62,9 @@ def small(num_instances: int = 40) -> SimpleNamespace:
         ends.append(writer._walk.end)
     writer.close()
     ends.append(writer._walk.end)
-    with writer._source.reading() as (read_at, size):
+    with writer.source.reading() as (read_at, size):
         log = read_at(size, 0)
-    return SimpleNamespace(key=writer._source.key, log=log, ends=ends, ledger=writer.ledger())
+    return SimpleNamespace(key=writer.source.key, log=log, ends=ends, ledger=writer.ledger())
 
 
 @pytest.fixture(scope="session")

@@ -90,7 +90,22 @@ class Course(RuleBasedStateMachine):
     @rule(draw=st.data(), source=st.sampled_from(["fixed", "sweep"]))
     def append_thresholds(self, draw: Any, source: str) -> None:
         values = draw.draw(st.lists(FLOAT32, min_size=self.count, max_size=self.count))
-        self.offer(Thresholds(values=np.array(values, np.float32), source=source))
+        stated = Thresholds(values=np.array(values, np.float32), source=source)
+        if source == "sweep" or self.may_be_fixed(stated):
+            self.offer(stated)
+        else:
+            self.refuse(stated)
+
+    def may_be_fixed(self, stated: Thresholds) -> bool:
+        """Fixed thresholds are stated before the first step and never change."""
+        earlier = [e for e in self.events if isinstance(e, Thresholds) and e.source == "fixed"]
+        return np.array_equal(earlier[0].values, stated.values) if earlier else self.steps == 0
+
+    def refuse(self, event: Event) -> None:
+        for writer in (self.writer, self.memory):
+            with pytest.raises(LedgerError) as caught:
+                writer.append(event)
+            assert caught.value.code == "PIA045"
 
     def ready(self) -> bool:
         """Whether a step may follow, worked out from the list of events alone."""
@@ -116,11 +131,8 @@ class Course(RuleBasedStateMachine):
         if self.ready():
             self.offer(step)
             self.steps += 1
-            return
-        for writer in (self.writer, self.memory):
-            with pytest.raises(LedgerError) as caught:
-                writer.append(step)
-            assert caught.value.code == "PIA045"
+        else:
+            self.refuse(step)
 
     @rule()
     def take_anchor(self) -> None:

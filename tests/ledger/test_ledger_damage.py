@@ -373,7 +373,7 @@ def test_one_long_text_does_not_blow_up_a_column(make: SimpleNamespace, sample: 
     stored = StoredRun(run=Run(num_instances=2000, ids=ids, run_id="ab" * 16), created="")
     long = np.array(["x" * 100_000, *ids[1:]], object)
     for values, expected in ((ids, True), (long, False)):
-        run = Run(num_instances=2000, ids=values)
+        run = replace(stored.run, ids=values)
         payload = encode_run(replace(stored, run=run))
         log, _ = frames.seal(sample.key, frames.GENESIS, frames.RUN, 0, payload)
         tracemalloc.start()

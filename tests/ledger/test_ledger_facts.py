@@ -401,7 +401,7 @@ def test_no_id_in_any_error_or_repr(tmp_path: Path, make: SimpleNamespace) -> No
     writer.append(make.phase())
     writer.append(make.thresholds([0, 1], "forget"))
     note(writer.append, make.step(0))
-    messages += [repr(ledger), repr(writer), repr(writer._source)]
+    messages += [repr(ledger), repr(writer), repr(writer.source)]
     writer.close()
     log = (path / "events.log").read_bytes()
     (path / "events.log").write_bytes(log.replace(CANARY.encode(), b"x" * len(CANARY)))

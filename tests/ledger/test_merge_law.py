@@ -1,0 +1,431 @@
+"""Splitting a run over ranks and merging the parts changes nothing; what was lost is counted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from per_instance_accountant.accounting import Unamplified, account
+from per_instance_accountant.errors import GuaranteeError, LedgerError, UsageError
+from per_instance_accountant.ledger import (
+    Drop,
+    Event,
+    Filter,
+    Ledger,
+    LedgerWriter,
+    Phase,
+    PublicStep,
+    Resume,
+    Run,
+    Step,
+    Thresholds,
+    merge_parts,
+    merging,
+    new_run_id,
+)
+
+N = 12
+TABLES = ("steps", "observations", "thresholds")
+ORDERS = [1.5, 4.0, 32.0]
+NORMS = st.floats(min_value=0, max_value=1, width=32)
+SOME = st.lists(st.integers(0, N - 1), unique=True).map(sorted)
+
+
+def make_phase(charging: str, sampling: str = "poisson", **changes: Any) -> Phase:
+    settings = {
+        "kind": "train",
+        "sampling": sampling,
+        "sample_rate": 0.25,
+        "noise_std": 1.5,
+        "max_grad_norm": 1.0,
+        "charging": charging,
+        "denominator": 3.0,
+        "learning_rate": 0.1,
+    }
+    return Phase(**(settings | changes))
+
+
+@st.composite
+def steps(draw: Any, allowed: Sequence[int]) -> Step:
+    positions = draw(st.lists(st.sampled_from(list(allowed)), unique=True)) if allowed else []
+    norms = draw(st.lists(NORMS, min_size=len(positions), max_size=len(positions)))
+    return Step(positions=np.array(sorted(positions), np.int64), contributions=np.array(norms, np.float32))
+
+
+@st.composite
+def courses(draw: Any) -> list[Event]:
+    """Events of a run on one process, with resumes, forgotten instances, filters and public steps."""
+    charging = draw(st.sampled_from(["worst_case", "sweep", "unamplified", "last_seen"]))
+    events: list[Event] = []
+    filtered = draw(st.booleans()) and charging != "last_seen"
+    if filtered:
+        events.append(Filter(family="gaussian", orders=np.full(N, 2.0), budgets=np.full(N, 50.0)))
+    allowed, recorded = list(range(N)), 0
+    for _ in range(draw(st.integers(1, 3))):
+        events.append(make_phase(charging, noise_std=draw(st.sampled_from([1.0, 2.0]))))
+        events.append(Thresholds(values=draw_thresholds(draw), source="sweep"))
+        count = draw(st.integers(0, 4))
+        events += [draw(steps(allowed)) for _ in range(count)]
+        recorded += count
+        if filtered and draw(st.booleans()) and (leaving := draw(SOME)):
+            leaving = [position for position in leaving if position in allowed]
+            allowed = [position for position in allowed if position not in leaving]
+            events += [Drop(positions=np.array(leaving, np.int64))] if leaving else []
+        if draw(st.booleans()):
+            events.append(PublicStep(count=draw(st.integers(1, 5))))
+        if draw(st.booleans()):
+            events.append(Resume(at_step=draw(st.integers(0, recorded))))
+    return events
+
+
+def draw_thresholds(draw: Any) -> Any:
+    return np.array(draw(st.lists(NORMS, min_size=N, max_size=N)), np.float32)
+
+
+def written(run: Run, events: Sequence[Event], path: Path | None = None) -> Ledger:
+    writer = LedgerWriter.create(path, run)
+    for event in events:
+        writer.append(event)
+    writer.close()
+    return writer.ledger()
+
+
+def split(events: Sequence[Event], owner: Callable[[int, int], int], world: int) -> list[list[Event]]:
+    """What each of ``world`` ranks records; owner(step, position) is the rank that draws it."""
+    parts: list[list[Event]] = [[] for _ in range(world)]
+    number = 0
+    for event in events:
+        if not isinstance(event, Step):
+            for part in parts:
+                part.append(event)
+            continue
+        ranks = np.array([owner(number, int(position)) for position in event.positions], np.int64)
+        for rank, part in enumerate(parts):
+            mine = ranks == rank
+            part.append(Step(positions=event.positions[mine], contributions=event.contributions[mine]))
+        number += 1
+    return parts
+
+
+def ranked(parts: Sequence[Sequence[Event]], run: Run | None = None) -> list[Ledger]:
+    run, identity = run or Run(num_instances=N), new_run_id()
+    runs = (replace(run, run_id=identity, rank=rank, world_size=len(parts)) for rank in range(len(parts)))
+    return [written(part_run, part) for part_run, part in zip(runs, parts, strict=True)]
+
+
+def losses(ledger: Ledger) -> list[bytes]:
+    loss = account(ledger, orders=ORDERS)
+    return [loss.rdp.tobytes(), loss.worst_case_rdp.tobytes()]
+
+
+def assert_same(merged: Ledger, single: Ledger) -> None:
+    for name in TABLES:
+        assert merged.to_arrow(name).equals(single.to_arrow(name))
+    assert losses(merged) == losses(single)
+    assert merged.phases == single.phases
+    assert merged.abandoned == single.abandoned
+    assert merged.num_public_steps == single.num_public_steps
+    assert merged.confirmed == single.confirmed
+    assert np.array_equal(merged.forgotten, single.forgotten)
+    assert [type(event) for event in merged.events()] == [type(event) for event in single.events()]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(events=courses(), world=st.integers(2, 5), seed=st.integers(0, 99))
+def test_merging_the_parts_of_a_run_is_the_run(events: list[Event], world: int, seed: int) -> None:
+    single = written(Run(num_instances=N), events)
+    chance = np.random.default_rng(seed)
+    table = chance.integers(world, size=(100, N))
+    parts = ranked(split(events, lambda step, position: int(table[step, position]), world))
+    shuffled = [parts[place] for place in chance.permutation(world)]
+    for order in (parts, shuffled):
+        merged = merge_parts(order, None)
+        assert_same(merged, single)
+        assert merged.merge is not None and not merged.merge.incomplete and not merged.merge.missing_ranks
+        assert all(merged.holds(part.anchor) for part in parts)
+
+
+def test_a_merge_that_forgets_a_part_fails_the_law(monkeypatch: pytest.MonkeyPatch) -> None:
+    events = [make_phase("unamplified"), step_of([0, 5, 7], 1.0)]
+    single = written(Run(num_instances=N), events)
+    parts = ranked(split(events, lambda step, position: position % 2, 2))
+    assert_same(merge_parts(parts, None), single)
+    monkeypatch.setattr(merging._Merging, "_together", lambda self, steps, phase: steps[0])
+    with pytest.raises(AssertionError):
+        assert_same(merge_parts(parts, None), single)
+
+
+def step_of(positions: Sequence[int], norm: float = 0.5) -> Step:
+    return Step(
+        positions=np.array(positions, np.int64), contributions=np.full(len(positions), norm, np.float32)
+    )
+
+
+def test_ids_groups_and_assumptions_survive_on_disk(tmp_path: Path) -> None:
+    run = Run(
+        num_instances=3,
+        ids=np.array(["x", "y", "z"]),
+        groups={"class": np.array([1, 0, 1])},
+        assumptions={"smoothness": 2},
+        software={"torch": "2"},
+    )
+    parts = ranked([[make_phase("worst_case"), step_of([0])], [make_phase("worst_case"), step_of([2])]], run)
+    merged = merge_parts(parts, tmp_path / "runs" / "whole")
+    again = Ledger.open(tmp_path / "runs" / "whole")
+    assert again.digest == merged.digest and again.run.run_id == parts[0].run.run_id
+    assert (again.run.rank, again.run.world_size, again.created) == (0, 1, min(p.created for p in parts))
+    assert again.ids.tolist() == ["x", "y", "z"] and again.groups["class"].tolist() == [1, 0, 1]
+    assert dict(again.run.assumptions or {}) == {"smoothness": 2} and again.run.software == {"torch": "2"}
+    assert os.listdir(tmp_path / "runs") == ["whole"]
+    modes = {oct(path.stat().st_mode & 0o777) for path in (tmp_path / "runs" / "whole").iterdir()}
+    assert modes == {"0o600"} and (tmp_path / "runs" / "whole").stat().st_mode & 0o777 == 0o700
+
+
+def damaged_sets() -> dict[str, tuple[Callable[[SimpleNamespace], list[Ledger]], str, str]]:
+    worst, other = make_phase("worst_case"), make_phase("worst_case", noise_std=9.0)
+    two = [worst, step_of([0])]
+    return {
+        "nothing": (lambda s: [], "PIA115", "no part"),
+        "another run": (lambda s: [s.a[0], s.b[1]], "PIA115", "different runs"),
+        "a part twice": (lambda s: [s.a[0], s.a[1], s.a[1]], "PIA115", "second part"),
+        "one missing": (lambda s: [s.a[0]], "PIA116", "1 of 2 parts are missing, the first that of rank 1"),
+        "a whole ledger": (lambda s: [written(Run(num_instances=N), two)], "PIA115", "whole ledger"),
+        "another N": (lambda s: [s.a[0], s.changed(num_instances=N + 1)], "PIA115", "Run facts differ"),
+        "other ids": (lambda s: [s.a[0], s.changed(ids=np.arange(N) + 1)], "PIA115", "Run facts differ"),
+        "three ranks": (lambda s: [s.a[0], s.changed(world_size=3)], "PIA115", "Run facts differ"),
+        "another phase": (lambda s: ranked([two, [other, step_of([1])]]), "PIA115", "after step 0"),
+        "another order": (
+            lambda s: ranked([[*two, other, step_of([0])], [worst, step_of([1]), step_of([1]), other]]),
+            "PIA115",
+            "after step 1",
+        ),
+        "one instance on two ranks": (lambda s: ranked([two, two]), "PIA115", "same instance"),
+        "other moments": (
+            lambda s: ranked(
+                [[*two, Resume(at_step=0), *two], [worst, step_of([1]), Resume(at_step=1), *two]]
+            ),
+            "PIA115",
+            "continue from different moments",
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", damaged_sets())
+def test_parts_that_do_not_belong_together_are_refused(name: str, tmp_path: Path) -> None:
+    choose, code, words = damaged_sets()[name]
+    content = [[make_phase("worst_case"), step_of([0])], [make_phase("worst_case"), step_of([1])]]
+    a, b = ranked(content), ranked(content)
+    run = a[1].run
+    known = {"changed": lambda **changes: written(replace(run, **changes), content[1][:1])}
+    with pytest.raises(LedgerError) as caught:
+        merge_parts(choose(SimpleNamespace(a=a, b=b, **known)), tmp_path / "merged")
+    assert caught.value.code == code and words in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_destination_is_never_overwritten(tmp_path: Path) -> None:
+    parts = ranked([[make_phase("worst_case")], [make_phase("worst_case")]])
+    merge_parts(parts, tmp_path / "a")
+    before = (tmp_path / "a" / "events.log").read_bytes()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    for taken in ("a", "link"):
+        with pytest.raises(LedgerError, match="PIA045"):
+            merge_parts(parts, tmp_path / taken)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(LedgerError, match="PIA041"):
+        merge_parts(parts, tmp_path / "file")
+    assert (tmp_path / "a" / "events.log").read_bytes() == before
+    (tmp_path / "empty").mkdir()
+    merge_parts(parts, tmp_path / "empty")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "elsewhere", "empty", "file", "link"]
+
+
+@pytest.mark.parametrize("charging", ["worst_case", "unamplified", "sweep"])
+def test_a_step_that_one_rank_did_not_record_is_charged(charging: str) -> None:
+    shared = [make_phase(charging), Thresholds(values=np.full(N, 0.5, np.float32), source="sweep")]
+    ahead = [*shared, step_of([0, 1], 0.25), step_of([2], 0.25)]
+    behind = [*shared, step_of([5], 0.25)]
+    merged = merge_parts(ranked([ahead, behind]), None)
+    assert merged.num_steps == 2 and not merged.confirmed
+    assert merged.merge is not None and merged.merge.incomplete == ((1, 2),)
+    assert "1 steps are not in all the others" in merged.merge.statement()
+    most = {"unamplified": [step_of([0, 1, 5], 0.25), everybody(but={2: 0.25})]}
+    expected = written(
+        Run(num_instances=N), [*shared, *most.get(charging, [step_of([0, 1, 5], 0.25), step_of([2], 0.25)])]
+    )
+    assert losses(merged) == losses(expected)
+
+
+def everybody(but: dict[int, float]) -> Step:
+    norms = np.ones(N, np.float32)
+    for position, norm in but.items():
+        norms[position] = norm
+    return Step(positions=np.arange(N), contributions=norms)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(events=courses(), world=st.integers(2, 4), seed=st.integers(0, 99), data=st.data())
+def test_no_loss_is_smaller_after_a_part_was_lost(
+    events: list[Event], world: int, seed: int, data: Any
+) -> None:
+    events = [event for event in events if not isinstance(event, Resume)]
+    single = written(Run(num_instances=N), events)
+    owners = np.random.default_rng(seed).integers(world, size=N)
+    parts = split(events, lambda step, position: int(owners[position]), world)
+    lost = data.draw(st.integers(0, world - 1))
+    cut = data.draw(st.integers(0, len(events)))
+    parts[lost] = parts[lost][:cut]
+    merged = merge_parts(ranked(parts), None)
+    assert merged.num_steps == single.num_steps
+    true, charged = account(single, orders=ORDERS), account(merged, orders=ORDERS)
+    if single.phases[0].charging != "last_seen":
+        assert (charged.rdp >= true.rdp).all()
+    without = [part for rank, part in enumerate(ranked(parts)) if rank != lost]
+    with pytest.raises(LedgerError, match="PIA116"):
+        merge_parts(without, None)
+    partly = merge_parts(without, None, allow_missing=True)
+    assert partly.merge is not None and partly.merge.missing_ranks == (lost,) and not partly.merge.confirmed
+    if single.phases[0].charging != "last_seen":
+        assert (account(partly, orders=ORDERS).rdp >= true.rdp).all()
+
+
+def test_forgetting_the_lost_rank_is_what_the_fill_prevents(monkeypatch: pytest.MonkeyPatch) -> None:
+    phase = make_phase("unamplified")
+    single = written(Run(num_instances=N), [phase, step_of([0, 7])])
+    parts = ranked([[phase, step_of([0])], [phase]])
+    true = account(single, orders=ORDERS).rdp
+    assert (account(merge_parts(parts, None), orders=ORDERS).rdp >= true).all()
+    monkeypatch.setattr(merging._Merging, "_everybody", lambda self, step, phase, absent: step)
+    assert (account(merge_parts(parts, None), orders=ORDERS).rdp < true).any()
+
+
+def test_loaders_with_replacement_add_up_over_ranks_and_are_not_guessed() -> None:
+    phase = make_phase("unamplified", sampling="shuffled")
+    parts = [[phase, step_of([1, 2], 0.25)], [phase, step_of([2, 3], 2.0)]]
+    merged = merge_parts(ranked(parts), None)
+    step = next(event for event in merged.events() if isinstance(event, Step))
+    assert step.positions.tolist() == [1, 2, 3] and step.contributions.tolist() == [0.25, 3.0, 2.0]
+    parts[0].append(step_of([4]))
+    with pytest.raises(LedgerError, match="more than once"):
+        merge_parts(ranked(parts), None)
+    quiet = [[phase, step_of([1], 0.25)], [phase]]
+    filled = [e for e in merge_parts(ranked([*quiet, [phase]]), None).events() if isinstance(e, Step)]
+    assert filled[0].contributions.tolist() == [2.0, 2.25, *([2.0] * (N - 2))]
+
+
+def test_a_rank_that_drops_its_own_instances_agrees_with_one_process() -> None:
+    start = [
+        Filter(family="gaussian", orders=np.full(N, 2.0), budgets=np.full(N, 1.0)),
+        make_phase("unamplified"),
+    ]
+    drop = [Drop(positions=np.array([positions], np.int64)) for positions in (0, 7)]
+    parts = [[*start, step_of([0]), drop[0], step_of([1])], [*start, step_of([7]), drop[1], step_of([8])]]
+    single = [*start, step_of([0, 7]), Drop(positions=np.array([0, 7])), step_of([1, 8])]
+    assert_same(merge_parts(ranked(parts), None), written(Run(num_instances=N), single))
+    amplified = [[*start[:1], make_phase("worst_case"), *part[2:]] for part in parts]
+    with pytest.raises(LedgerError, match="state a different Drop"):
+        merge_parts(ranked(amplified), None)
+
+
+def test_sessions_of_ranks_that_stopped_at_different_steps_are_aligned(tmp_path: Path) -> None:
+    phase, identity = make_phase("worst_case"), new_run_id()
+    paths = [tmp_path / f"rank-{rank}" for rank in range(2)]
+    anchors = []
+    for rank, path in enumerate(paths):
+        run = Run(num_instances=N, run_id=identity, rank=rank, world_size=2)
+        with LedgerWriter.create(path, run) as writer:
+            for event in (phase, step_of([rank])):
+                writer.append(event)
+            anchors.append(writer.anchor)
+            for _ in range(2 - rank):
+                writer.append(step_of([2 + rank]))
+    for _ in range(2):
+        # The second start finds a session in which nobody went on, on rank 0 only.
+        LedgerWriter.resume(paths[0], anchors[0]).close()
+    later = []
+    for rank, path in enumerate(paths):
+        with LedgerWriter.resume(path, anchors[rank]) as writer:
+            writer.append(phase)
+            writer.append(step_of([4 + rank]))
+            later.append(writer.anchor)
+            writer.append(step_of([6 + rank]))
+    assert [anchor.steps for anchor in later] == [4, 3]
+    for rank, path in enumerate(paths):
+        with LedgerWriter.resume(path, later[rank]) as writer:
+            writer.append(phase)
+            writer.append(step_of([8 + rank]))
+    merged = merge_parts(reversed(paths), tmp_path / "merged")
+    assert merged.num_steps == 6
+    assert merged.abandoned == ((1, 3), (4, 5))
+    drawn = [event.positions.tolist() for event in merged.events() if isinstance(event, Step)]
+    assert drawn == [[0, 1], [2, 3], [2], [4, 5], [6, 7], [8, 9]]
+    assert merged.merge is not None and merged.merge.incomplete == ((2, 3),)
+    for anchor in (*anchors, *later):
+        assert merged.holds(anchor)
+    assert [merged.steps_of_part(anchor) for anchor in (*anchors, *later)] == [1, 1, 4, 4]
+
+
+def test_a_merged_ledger_continues_from_the_checkpoint_of_a_rank(tmp_path: Path) -> None:
+    phase = make_phase("worst_case")
+    parts = ranked([[phase, step_of([0])], [phase, step_of([1])]])
+    merge_parts(parts, tmp_path / "merged")
+    with LedgerWriter.resume(tmp_path / "merged", parts[1].anchor) as writer:
+        writer.append(phase)
+        writer.append(step_of([3]))
+    again = Ledger.open(tmp_path / "merged")
+    assert again.num_steps == 2 and again.num_abandoned_steps == 0 and again.merge is not None
+    foreign = ranked([[phase, step_of([0])], [phase, step_of([1])]])[0].anchor
+    for anchor in (foreign, replace(parts[0].anchor, digest="sha256:" + "0" * 64)):
+        assert not again.holds(anchor)
+        with pytest.raises(LedgerError, match="PIA040"):
+            LedgerWriter.resume(tmp_path / "merged", anchor)
+
+
+def test_a_part_is_never_taken_for_the_run() -> None:
+    parts = ranked([[make_phase("unamplified"), step_of([0])], [make_phase("unamplified"), step_of([1])]])
+    for charging in (None, Unamplified()):
+        with pytest.raises(GuaranteeError, match="PIA117"):
+            account(parts[0], charging)
+    with pytest.raises(LedgerError, match="PIA115"):
+        merge_parts([merge_parts(parts, None)], None)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rank": 2, "world_size": 2},
+        {"rank": -1, "world_size": 2},
+        {"rank": True, "world_size": 2},
+        {"rank": 0, "world_size": 2, "run_id": None},
+        {"world_size": 0},
+        {"run_id": "A" * 32},
+        {"run_id": "a" * 31},
+    ],
+)
+def test_impossible_ranks_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="PIA070"):
+        Run(**({"num_instances": 2, "run_id": "a" * 32} | changes))
+
+
+def test_public_steps_are_recorded_and_cost_nobody_anything() -> None:
+    phase = make_phase("worst_case")
+    plain = written(Run(num_instances=N), [phase, step_of([0]), step_of([1])])
+    public = [phase, PublicStep(), step_of([0]), PublicStep(count=7), step_of([1])]
+    ledger = written(Run(num_instances=N), public)
+    assert (ledger.num_steps, ledger.num_public_steps) == (2, 8)
+    assert losses(ledger) == losses(plain)
+    for events in ([PublicStep()], [replace(phase, kind="unlearn"), PublicStep()]):
+        with pytest.raises(LedgerError, match="PIA045"):
+            written(Run(num_instances=N), events)
+    with pytest.raises(UsageError, match="PIA070"):
+        PublicStep(count=0)
