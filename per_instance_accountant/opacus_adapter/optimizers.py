@@ -37,6 +37,8 @@ class TrackedOptimizer(DPOptimizer):
     clipping = "flat"
     gradient_scale = 1.0
     """What a framework divided the loss by: rows are multiplied by it before they are measured."""
+    has_stand_in = False
+    """Whether the model is given one made-up instance for an empty batch; its gradient is dropped."""
     # With this flag torch.amp.GradScaler announces itself through `found_inf`, and can be refused.
     _step_supports_amp_scaling = True
 
@@ -76,7 +78,7 @@ class TrackedOptimizer(DPOptimizer):
         """One (B, ...) tensor for each parameter. An empty batch needs no backward pass."""
         for p in self.params:
             sample = getattr(p, "grad_sample", None)
-            if sample is None and self.tracker.batch_is_empty:
+            if self.tracker.batch_is_empty and (sample is None or self.has_stand_in):
                 p.grad_sample = sample = torch.zeros((0, *p.shape), dtype=p.dtype, device=p.device)
             parts = sample if isinstance(sample, list) else [sample]
             if sample is None or any(hasattr(part, "_processed") for part in parts):
@@ -158,8 +160,8 @@ class TrackedPerLayerOptimizer(TrackedOptimizer, DPPerLayerOptimizer):
     def factors(self, gradients: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         layers, together = self._layers(gradients)
         own = self.tracker.clip(together)
-        product = np.nextafter(layers * own, np.float32(0))
-        return [torch.from_numpy(column) for column in product]
+        product = np.nextafter(layers * own[:, None], np.float32(0))
+        return [torch.from_numpy(column) for column in np.ascontiguousarray(product.T)]
 
 
 class TrackedAdaptiveOptimizer(TrackedOptimizer, AdaClipDPOptimizer):
