@@ -45,6 +45,10 @@ CODES: Final[dict[str, str]] = {
     "PIA125": "too few seeds, instances or models for an interval",
     "PIA126": "the instances to forget cannot be compared with anything",
     "PIA127": "the straight line between two models means nothing",
+    "PIA100": "a framework is set up in a way that changes or hides private steps",
+    "PIA101": "the loss of one instance depends on which others are in its batch",
+    "PIA102": "a process of the run stopped, or disagrees with the others",
+    "PIA103": "processes of one run draw the same random numbers",
 }
 """Stable code -> title. A code is never reused for another meaning."""
 

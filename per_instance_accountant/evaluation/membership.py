@@ -17,10 +17,10 @@ _COVERAGE = 0.95
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttackScore:
-    """auc: chance that an instance to forget has a larger margin than an unseen one, ties counted half; 1/2
-    is no difference, above it remembers, below it was forgotten too hard, which tells membership as well.
-    null_low, null_high: central 95 % of the score if the instances were unseen ones. An estimate from one
-    model; stronger attacks exist."""
+    """auc: chance that an instance to forget has a larger margin than an unseen one, ties counted half;
+    1/2 is no difference, above it remembers, below it was forgotten too hard, which tells membership as
+    well. null_low, null_high: central 95 % of the score if the instances were unseen ones. An estimate
+    from one model; stronger attacks exist."""
 
     auc: float
     null_low: float
@@ -35,8 +35,8 @@ class AttackScore:
 def membership_attack(
     models: Ensemble, forget: Instances, unseen: Instances, *, draws: int = 2000, seed: int = 0
 ) -> list[AttackScore]:
-    """One score per model. The null is that of ``draws`` random relabellings of who is to be forgotten: it
-    depends on the two sizes only and is wide for few instances.
+    """One score per model. The null is that of ``draws`` random relabellings of who is to be forgotten:
+    it depends on the two sizes only and is wide for few instances.
 
     Raises UsageError PIA070 for fewer than two unseen instances or less than 100 draws.
     """

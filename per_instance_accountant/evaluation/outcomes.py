@@ -53,7 +53,8 @@ def mean_loss(models: Ensemble, instances: Instances) -> NDArray[np.float64]:
 
 
 def margins(models: Ensemble, instances: Instances) -> NDArray[np.float64]:
-    """(K, n) ``z_y - log sum_{c != y} exp z_c``: the log odds of the label, the usual attack statistic."""
+    """(K, n) ``z_y - log sum_{c != y} exp z_c``: the log odds of the label, the usual attack
+    statistic."""
     logits, labels = outputs(models, instances), instances.stacked.labels[..., None]
     own = logits.gather(-1, labels)[..., 0]
     others = logits.scatter(-1, labels, -torch.inf).logsumexp(-1)

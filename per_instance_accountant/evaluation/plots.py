@@ -11,12 +11,12 @@ from per_instance_accountant.errors import MissingDependencyError, UsageError
 
 
 def plot_damage(accuracy: ArrayLike, forgotten: ArrayLike, path: str | os.PathLike[str]) -> None:
-    """Draw, request by request, what the retained instances lost and how much of the earlier ones is still
-    forgotten, and write the picture to ``path`` (its ending chooses the format).
+    """Draw, request by request, what the retained instances lost and how much of the earlier ones is
+    still forgotten, and write the picture to ``path`` (its ending chooses the format).
 
-    accuracy: (requests + 1,) retained accuracy before the first request and after each; forgotten: (requests,
-    requests) as in ``ContinualRun.forgotten`` for one model. Raises UsageError PIA071 for other shapes or
-    values that are not finite, MissingDependencyError PIA061 without matplotlib.
+    accuracy: (requests + 1,) retained accuracy before the first request and after each; forgotten:
+    (requests, requests) as in ``ContinualRun.forgotten`` for one model. Raises UsageError PIA071 for
+    other shapes or values that are not finite, MissingDependencyError PIA061 without matplotlib.
     """
     kept, held = np.asarray(accuracy, dtype=np.float64), np.asarray(forgotten, dtype=np.float64)
     count = len(held)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,9 @@ from per_instance_accountant.finetuning.methods.records import Method, NoisyFine
 from per_instance_accountant.finetuning.methods.sampling import Draws
 from per_instance_accountant.finetuning.runner import run_plan
 
+Watch = Callable[[int, Ensemble], None]
+"""Number of steps taken, models after them."""
+
 EMPIRICAL = (
     "This is empirical forgetting without a certificate: it was measured on these instances, and it bounds "
     "nothing about what the model still holds of them."
@@ -33,11 +36,11 @@ CERTIFIED = "The certificate states the bound of this run; check it with pia ver
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Trace:
-    """Course of one model. at: (t,) numbers of steps taken; loss: (t,) the minimised loss of the step before;
-    forgotten: (t,) share of the instances that reached the goal. outcome: ``"reached"``, ``"all steps"`` or
-    ``"diverged"`` (the model is then the last observed one that was finite). steps: taken in all.
-    attack_success: share of the adversarial examples that reached their class, None without an attack;
-    adversarial: how many were kept."""
+    """Course of one model. at: (t,) numbers of steps taken; loss: (t,) the minimised loss of the step
+    before; forgotten: (t,) share of the instances that reached the goal. outcome: ``"reached"``, ``"all
+    steps"`` or ``"diverged"`` (the model is then the last observed one that was finite). steps: taken
+    in all. attack_success: share of the adversarial examples that reached their class, None without an
+    attack; adversarial: how many were kept."""
 
     at: NDArray[np.int64]
     loss: NDArray[np.float64]
@@ -50,8 +53,8 @@ class Trace:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class UnlearnedModel:
-    """model: in evaluation mode, its weights finite. basis: ESTIMATE unless a plan was carried out, whose
-    certificate then lies at ``certificate``."""
+    """model: in evaluation mode, its weights finite. basis: ESTIMATE unless a plan was carried out,
+    whose certificate then lies at ``certificate``."""
 
     model: nn.Module
     trace: Trace
@@ -83,8 +86,9 @@ def unlearn(
 ) -> UnlearnedModel:
     """Make a copy of ``model`` forget instances; the model itself is left as it is.
 
-    forget, retain: of one model, without leading dimension. seed: of every random draw; the same seed gives
-    the same model. counts: (n,) adversarial examples per instance, in place of the attack's number for all.
+    forget, retain: of one model, without leading dimension. seed: of every random draw; the same seed
+    gives the same model. counts: (n,) adversarial examples per instance, in place of the attack's
+    number for all.
 
     Raises UsageError PIA071 if the method needs retained instances and has none, or shapes do not fit;
     PIA070 if no adversarial example succeeds; what ``run_plan`` raises for a certified run.
@@ -126,13 +130,15 @@ def unlearn_ensemble(
     seeds: Sequence[int],
     counts: ArrayLike | None = None,
     original: Ensemble | None = None,
+    watch: Watch | None = None,
     progress: bool = False,
 ) -> UnlearnedEnsemble:
     """``unlearn`` for K models at once; model k sees what it would see alone with ``seeds[k]``.
 
-    forget: (K, n, ...), retain: (K, m, ...), counts: (n,) or (K, n). original: the models that adversarial
-    examples are made on, where ``models`` have forgotten before. Raises as ``unlearn``, and UsageError PIA071
-    for a certified run or numbers that differ from K.
+    forget: (K, n, ...), retain: (K, m, ...), counts: (n,) or (K, n). original: the models that
+    adversarial examples are made on, where ``models`` have forgotten before. watch: called with the
+    number of steps and the models at every look, the first before any step; it must change nothing.
+    Raises as ``unlearn``, and UsageError PIA071 for a certified run or numbers that differ from K.
     """
     sizes = {models.size, len(seeds), *(len(part.labels) for part in (forget, retain) if part is not None)}
     stacked = all(part.labels.ndim == 2 for part in (forget, retain) if part is not None)
@@ -152,7 +158,7 @@ def unlearn_ensemble(
         original=original,
     )
     _refuse_labels(models, forget, retain)
-    return _descend(recipe_of(method, task), method.schedule, task, progress)
+    return _descend(recipe_of(method, task), method.schedule, task, watch, progress)
 
 
 def _refuse_labels(models: Ensemble, forget: Instances, retain: Instances | None) -> None:
@@ -174,7 +180,8 @@ def _refuse_labels(models: Ensemble, forget: Instances, retain: Instances | None
 
 
 class _Observations:
-    """Loss, share forgotten and health at the steps looked at, and the last weights known to be finite."""
+    """Loss, share forgotten and health at the steps looked at, and the last weights known to be
+    finite."""
 
     def __init__(self, recipe: Recipe, task: Task) -> None:
         self.recipe, self.task = recipe, task
@@ -234,9 +241,13 @@ def _where(chosen: Tensor, new: Weights, old: Weights) -> Weights:
     }
 
 
-def _descend(recipe: Recipe, schedule: Schedule, task: Task, progress: bool) -> UnlearnedEnsemble:
+def _descend(
+    recipe: Recipe, schedule: Schedule, task: Task, watch: Watch | None, progress: bool
+) -> UnlearnedEnsemble:
     seen = _Observations(recipe, task)
     parameters = recipe.start.parameters
+    if watch is not None:
+        watch(0, recipe.start)
     momenta = {name: torch.zeros_like(value) for name, value in parameters.items()}
     bar = tqdm(total=schedule.steps, desc="forgetting", unit="step", disable=None if progress else True)
     with closing(bar):
@@ -248,6 +259,8 @@ def _descend(recipe: Recipe, schedule: Schedule, task: Task, progress: bool) -> 
             parameters = _where(seen.active, moved, parameters)
             if (step + 1) % schedule.observe_every == 0 or step + 1 == schedule.steps:
                 parameters = seen.look(step + 1, parameters, loss)
+                if watch is not None:
+                    watch(step + 1, recipe.start.with_parameters(parameters))
             bar.update()
     return UnlearnedEnsemble(models=recipe.start.with_parameters(seen.sound), traces=seen.traces())
 
@@ -265,8 +278,8 @@ def _slopes(recipe: Recipe, parameters: Weights, step: int, draws: Draws) -> tup
 def _moved(
     recipe: Recipe, schedule: Schedule, parameters: Weights, momenta: Weights, slopes: Weights
 ) -> Weights:
-    """One step of descent. The mask is applied to the step, not to the gradient: momentum and weight decay
-    would move masked weights otherwise."""
+    """One step of descent. The mask is applied to the step, not to the gradient: momentum and weight
+    decay would move masked weights otherwise."""
     moved = {}
     for name, value in parameters.items():
         slope = slopes[name] + schedule.weight_decay * value
