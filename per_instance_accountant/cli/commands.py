@@ -26,6 +26,7 @@ GROUPS = (
     "planning",
     "forgetting",
     "certifying",
+    "merging",
 )
 """Modules of this package, in the order of ``pia --help``; each names its functions in ``COMMANDS``. To add
 a command, write its module beside this one and name it here."""
