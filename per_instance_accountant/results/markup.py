@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from typing import Final
 
-_VOID: Final = frozenset({"meta", "br", "rect", "line", "circle", "polyline", "link"})
+_EMPTY: Final = frozenset({"meta", "br", "rect", "line", "circle", "polyline", "link"})
 
 
 class Markup(str):
@@ -21,7 +21,11 @@ def plain(text: object) -> str:
     'a\\\\u202eb'
     """
     shown = str(text)
-    return shown if shown.isprintable() else shown.encode("unicode_escape").decode("ascii")
+    return (
+        shown
+        if shown.replace("\u00a0", " ").isprintable()
+        else shown.encode("unicode_escape").decode("ascii")
+    )
 
 
 def join(*children: object) -> Markup:
@@ -35,7 +39,7 @@ def join(*children: object) -> Markup:
     )
 
 
-def element(name: str, *children: object, **attributes: object) -> Markup:
+def element(name: str, /, *children: object, **attributes: object) -> Markup:
     """One element. Attributes: ``class_`` is class, underscores are hyphens, None is left out.
 
     >>> element("p", "a & b", class_="note")
@@ -46,7 +50,7 @@ def element(name: str, *children: object, **attributes: object) -> Markup:
         for key, value in attributes.items()
         if value is not None
     )
-    opened = f"<{name}{written}>"
-    if name in _VOID:
-        return Markup(opened)
-    return Markup(f"{opened}{join(*children)}</{name}>")
+    if name in _EMPTY:
+        # The slash closes an element inside of SVG and is ignored outside.
+        return Markup(f"<{name}{written}/>")
+    return Markup(f"<{name}{written}>{join(*children)}</{name}>")

@@ -1,0 +1,99 @@
+"""How individual epsilons grew while the model trained, for quantiles of the instances."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from per_instance_accountant.accounting.running import RunningLoss
+from per_instance_accountant.ledger import Event, Filter, Ledger
+from per_instance_accountant.ledger.records import Drop, Phase, Step, Thresholds
+
+SHARES: Final = {"p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99}
+_FOLLOWED: Final = 4096
+_POINTS: Final = 24
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trajectories:
+    """Upper bounds from Renyi divergences, which may lie some per cent above the final tight epsilons.
+
+    steps: (k,) numbers of steps. worst: (k,) worst case. quantiles: name -> (k,) over ``followed`` instances,
+    which are spread evenly over the final ranking.
+    """
+
+    steps: tuple[int, ...]
+    worst: tuple[float, ...]
+    quantiles: dict[str, tuple[float, ...]]
+    followed: int
+
+
+def trajectories(
+    ledger: Ledger, epsilon: NDArray[np.float64], delta: float, charging: str | None = None
+) -> Trajectories | None:
+    """Read the ledger once more and follow up to 4,096 instances; None without a step.
+
+    epsilon: (N,) the final values, which choose whom to follow. charging: the name of the one rule that
+    replaced those of the run, or None.
+    """
+    total = ledger.num_steps
+    if total == 0:
+        return None
+    ranking = np.argsort(epsilon, kind="stable")
+    count = min(_FOLLOWED, len(ranking))
+    chosen = ranking[np.unique(np.linspace(0, len(ranking) - 1, count).round().astype(np.int64))]
+    stops = np.unique(np.linspace(0, total, min(_POINTS, total) + 1).round().astype(np.int64))[1:]
+    running = RunningLoss(len(chosen) + 1)
+    places: set[int] = set(stops.tolist())
+    rows: list[tuple[float, ...]] = []
+    for event in _followed(ledger, np.asarray(chosen), charging):
+        running.take(event)
+        if isinstance(event, Step) and running.steps in places:
+            worst = running.metrics(delta)["privacy/epsilon_worst"]
+            values = running.epsilons(delta)[:-1]
+            levels = np.quantile(values, list(SHARES.values()), method="higher")
+            rows.append((worst, *levels.tolist()))
+    worst_case, *quantiles = zip(*rows, strict=True)
+    return Trajectories(
+        steps=(0, *stops.tolist()),
+        worst=(0.0, *worst_case),
+        quantiles={name: (0.0, *values) for name, values in zip(SHARES, quantiles, strict=True)},
+        followed=len(chosen),
+    )
+
+
+def _followed(ledger: Ledger, chosen: NDArray[np.int64], charging: str | None) -> Iterator[Event]:
+    """The events as they concern the chosen, who become 0..k-1. Instance k stands for all others, so that a
+    contribution above the clip norm is seen whoever made it."""
+    place = np.full(ledger.num_instances, -1, dtype=np.int64)
+    place[chosen] = np.arange(len(chosen))
+    other_rule = charging is not None and {phase.charging for phase in ledger.phases} != {charging}
+    for event in ledger.events():
+        if isinstance(event, Step):
+            yield _step(event, place, len(chosen))
+        elif isinstance(event, Thresholds):
+            values = np.append(event.values[chosen], np.float32(event.values.max(initial=0.0)))
+            yield replace(event, values=values)
+        elif isinstance(event, Phase):
+            yield replace(event, charging=charging or event.charging)
+        elif isinstance(event, Drop):
+            left = place[event.positions]
+            # Another rule need not know when somebody left, and goes on charging.
+            if not other_rule and (left >= 0).any():
+                yield replace(event, positions=left[left >= 0])
+        elif not isinstance(event, Filter):
+            yield event
+
+
+def _step(event: Step, place: NDArray[np.int64], phantom: int) -> Step:
+    where = place[event.positions]
+    known = where >= 0
+    rest: Any = event.contributions[~known]
+    return Step(
+        positions=np.append(where[known], phantom),
+        contributions=np.append(event.contributions[known], np.float32(rest.max(initial=0.0))),
+    )

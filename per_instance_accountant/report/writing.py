@@ -1,0 +1,256 @@
+"""Which sections a page has, for whom."""
+
+from __future__ import annotations
+
+import datetime
+import enum
+import importlib.metadata
+import os
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from per_instance_accountant.errors import UsageError
+from per_instance_accountant.report import sections
+from per_instance_accountant.report.evidence import Evidence
+from per_instance_accountant.report.page import Number, Page, render
+from per_instance_accountant.report.sections import Section
+from per_instance_accountant.report.trajectories import trajectories
+from per_instance_accountant.results.files import write_private
+from per_instance_accountant.results.rounding import rounded_up
+
+if TYPE_CHECKING:
+    from per_instance_accountant.audit.budget import BudgetAudit
+    from per_instance_accountant.unlearning import EveryoneSteps
+
+_PROMISE: Final = {
+    "CERTIFIED": (
+        "Each individual epsilon bounds what everything released shows about that one instance: nobody who "
+        "sees the released models can learn more than that about whether the instance took part. The bounds "
+        "were enforced at every step and known before the run."
+    ),
+    "OUTPUT_SPECIFIC": (
+        "The worst case bounds what everything released shows about any instance. Each individual epsilon "
+        "is the loss that this run realised: a statement about the runs that stay under a budget fixed in "
+        "advance, not a bound that was known before the run."
+    ),
+    "ESTIMATE": (
+        "The worst case bounds what everything released shows about any instance. The individual epsilons "
+        "are scores: they rank instances and bound nothing."
+    ),
+}
+_PRIVATE: Final = (
+    "Individual values depend on the data: they are themselves private. Share this page only with people "
+    "who may see the training data."
+)
+_SHAREABLE: Final = (
+    "This page is for readers who may not see the training data: it has no ids, no individual values and no "
+    "group of fewer than 50 instances. Individual values were left out, because they depend on the data."
+)
+_WORST_PROMISE: Final = (
+    "The worst-case epsilon bounds what everything released shows about any one instance, whatever its data: "
+    "nobody who sees the released models can learn more than that about whether the instance took part. The "
+    "bound was enforced at every step and known before the run."
+)
+_MOST_GROUPINGS: Final = 6
+
+
+class Audience(enum.StrEnum):
+    """Who will read the page: those who may see the training data, or anybody."""
+
+    INTERNAL = "internal"
+    SHAREABLE = "shareable"
+
+
+def report_html(
+    audit: BudgetAudit,
+    *,
+    audience: Audience | str = Audience.INTERNAL,
+    budget: float | None = None,
+    by: str | None = None,
+    everyone: EveryoneSteps | None = None,
+    evidence: Evidence | None = None,
+    title: str = "Individual privacy budgets",
+    created: datetime.datetime | None = None,
+) -> str:
+    """The page as text: HTML in UTF-8, no scripts, nothing loaded from elsewhere.
+
+    audience: ``internal`` (figures of individual values) or ``shareable`` (no ids, no individual values,
+    groups of at least 50, and of one grouping only). budget: epsilon that instances are compared with. by:
+    the grouping to show; None shows all of them to an internal reader and none to others. everyone: of
+    ``plan_everyone``, for the steps to unlearn. evidence: what an evaluation measured. created: the time to
+    state, now for None.
+
+    Raises UsageError PIA070 for an unknown audience or a budget below 0, PIA071 for an unknown grouping, or
+    for steps of more instances than the audit has.
+    """
+    readers = _checked(audit, audience, budget, by, everyone)
+    internal = readers is Audience.INTERNAL
+    shown = list((_internal if internal else _shareable)(audit, budget, by, everyone, evidence))
+    page = Page(
+        title=title,
+        subtitle=f"{len(audit.ids)} instances, {audit.num_steps} steps, delta {audit.delta:g}",
+        audience=readers.value,
+        numbers=_numbers(audit, budget) if internal else _public_numbers(audit),
+        promise=_PROMISE[str(audit.basis)] if internal else _WORST_PROMISE,
+        warning=_PRIVATE if internal else _SHAREABLE,
+        sections=tuple(shown),
+        absent=tuple(_absent(audit, internal, everyone, evidence)),
+        statement=tuple(audit.statement().splitlines()),
+        method=tuple(_method(audit).items()),
+        created=created or datetime.datetime.now(datetime.UTC),
+    )
+    return render(page)
+
+
+def write_report(audit: BudgetAudit, path: str | os.PathLike[str], **options: Any) -> None:
+    """Write :func:`report_html` with these options to ``path``, readable by the owner only.
+
+    Raises what :func:`report_html` raises, and UsageError PIA070 for a path that is no regular file.
+    """
+    write_private(path, report_html(audit, **options).encode("utf-8"))
+
+
+def _checked(
+    audit: BudgetAudit,
+    audience: Audience | str,
+    budget: float | None,
+    by: str | None,
+    everyone: EveryoneSteps | None,
+) -> Audience:
+    if audience not in tuple(Audience):
+        raise _refused(
+            "PIA070", f"audience is {str(audience)!r}", 'audience="internal" or audience="shareable"'
+        )
+    if budget is not None:
+        audit.num_over(budget)
+    if by is not None and by not in audit.groups:
+        raise _refused(
+            "PIA071", f"the ledger holds no group {by!r}; it holds {sorted(audit.groups)}", "by=None"
+        )
+    if everyone is not None and len(everyone.ids) > len(audit.ids):
+        raise _refused(
+            "PIA071",
+            f"steps of {len(everyone.ids)} instances beside an audit of {len(audit.ids)}",
+            "everyone=plan_everyone(the_same_ledger, ...)",
+        )
+    return Audience(audience)
+
+
+def _refused(code: str, happened: str, fix: str) -> UsageError:
+    return UsageError(code, happened, "No page was written", fix)
+
+
+def _internal(
+    audit: BudgetAudit,
+    budget: float | None,
+    by: str | None,
+    everyone: EveryoneSteps | None,
+    evidence: Evidence | None,
+) -> Iterator[Section]:
+    yield sections.epsilon_histogram(audit, budget)
+    # One rule is that of the run or replaced it; several are the run's own.
+    rule = audit.charging[0] if len(audit.charging) == 1 else None
+    paths = None if audit.ledger is None else trajectories(audit.ledger, audit.epsilon, audit.delta, rule)
+    if paths is not None:
+        yield sections.epsilon_trajectories(audit, paths)
+    for name in sorted(audit.groups)[:_MOST_GROUPINGS] if by is None else [by]:
+        section = sections.group_ranges(audit, name)
+        if section is not None:
+            yield section
+    if everyone is not None:
+        yield sections.steps_to_unlearn(everyone)
+    yield from _measured(evidence)
+
+
+def _shareable(
+    audit: BudgetAudit,
+    budget: float | None,
+    by: str | None,
+    everyone: EveryoneSteps | None,
+    evidence: Evidence | None,
+) -> Iterator[Section]:
+    section = None if by is None else sections.group_means(audit, by)
+    if section is not None:
+        yield section
+    yield from _measured(evidence)
+
+
+def _measured(evidence: Evidence | None) -> Iterator[Section]:
+    if evidence is not None and evidence.barrier is not None:
+        yield sections.loss_barrier(evidence.barrier)
+    if evidence is not None and evidence.claims:
+        yield sections.claimed_and_measured(evidence)
+
+
+def _absent(
+    audit: BudgetAudit, internal: bool, everyone: EveryoneSteps | None, evidence: Evidence | None
+) -> Iterator[str]:
+    if not internal:
+        yield (
+            "Histogram, quantiles and trajectories of individual epsilons, and steps to unlearn: they "
+            "show individual values."
+        )
+    elif everyone is None:
+        yield "Steps to unlearn: no target was given (pia report --target-epsilon 0.1 --order 8)."
+    if evidence is None or evidence.barrier is None:
+        yield "Loss barrier: no evaluation was given (pia report --evidence FILE)."
+    if evidence is None or not evidence.claims:
+        yield "Claimed against measured: no evaluation was given (pia report --evidence FILE)."
+
+
+def _numbers(audit: BudgetAudit, budget: float | None) -> tuple[Number, ...]:
+    basis = str(audit.basis)
+    median, most = audit.quantiles([0.5, 0.99]).tolist()
+    last = Number("largest individual epsilon", rounded_up(float(audit.epsilon.max())), basis)
+    if budget is not None:
+        over = audit.num_over(budget)
+        last = Number(f"instances above the budget of {budget:g}", str(over), basis, alert=over > 0)
+    return (
+        Number("worst-case epsilon", rounded_up(audit.worst_case_tight), _worst_basis(audit)),
+        Number("median individual epsilon", rounded_up(median), basis),
+        Number("99th percentile", rounded_up(most), basis),
+        last,
+    )
+
+
+def _public_numbers(audit: BudgetAudit) -> tuple[Number, ...]:
+    return (
+        Number("worst-case epsilon", rounded_up(audit.worst_case_tight), _worst_basis(audit)),
+        Number("delta", f"{audit.delta:g}", "chosen"),
+        Number("instances", str(len(audit.ids)), "recorded"),
+        Number("noisy steps", str(audit.num_steps), "recorded"),
+    )
+
+
+def _worst_basis(audit: BudgetAudit) -> str:
+    if audit.worst_case_tight < audit.worst_case:
+        return f"CERTIFIED; {rounded_up(audit.worst_case)} by Rényi divergences, as Opacus computes it"
+    return "CERTIFIED"
+
+
+def _method(audit: BudgetAudit) -> Mapping[str, str]:
+    """What was done, for the table of the page."""
+    rows = {"Charging rule": " + ".join(audit.charging), "Basis of individual values": str(audit.basis)}
+    for place, phase in enumerate(audit.phases[:8], 1):
+        sampling = (
+            f"Poisson sampling, rate {phase.sample_rate:g}"
+            if phase.sampling == "poisson"
+            else "fixed-size batches"
+        )
+        multiplier = phase.noise_std / phase.max_grad_norm
+        rows[f"Phase {place} ({phase.kind})"] = (
+            f"{sampling}; noise multiplier {multiplier:.6g}; clip norm {phase.max_grad_norm:g}; "
+            f"{phase.optimizer}, learning rate {phase.learning_rate:g}, weight decay {phase.weight_decay:g}"
+        )
+    if len(audit.phases) > 8:
+        rows["Further phases"] = str(len(audit.phases) - 8)
+    if audit.num_abandoned_steps:
+        rows["Abandoned steps"] = f"{audit.num_abandoned_steps}, charged as well"
+    recorded = {} if audit.ledger is None else audit.ledger.run.software
+    written = importlib.metadata.version("per-instance-accountant")
+    rows["Ledger"] = audit.digest
+    rows["Recorded with"] = (
+        ", ".join(f"{name} {version}" for name, version in sorted(recorded.items())) or "not stated"
+    )
+    rows["Computed with"] = f"per-instance-accountant {written}"
+    return rows
