@@ -50,7 +50,7 @@ def sampled_gaussian_rdp(sample_rate: float, ratios: ArrayLike, orders: ArrayLik
     """Upper bound, in nats, of the RDP of one Poisson-subsampled Gaussian step, in both directions.
 
     sample_rate in [0, 1]. ratios: scalar or (n,), sensitivity / noise std in [0, inf]. orders: scalar or (m,)
-    in (1, 16384]. Returns (n, m): ``D_order((1 - q) N(0, 1) + q N(ratio, 1) || N(0, 1))``, the larger
+    in (1, 16384] or inf. Returns (n, m): ``D_order((1 - q) N(0, 1) + q N(ratio, 1) || N(0, 1))``, the larger
     direction (Mironov, Talwar and Zhang 2019), never below the exact value and at most 1e-9 of it above.
     ratio 0 or sample_rate 0 gives exactly 0, ratio inf gives inf, sample_rate 1 gives ``order ratio^2 / 2``.
     For sample_rate below 1e-15 and ratio above 1e6 the upper bound is looser.
@@ -64,7 +64,10 @@ def sampled_gaussian_rdp(sample_rate: float, ratios: ArrayLike, orders: ArrayLik
     rate = as_float_array("sample_rate", sample_rate, 0).item()
     if not 0 <= rate <= 1:
         raise bad_argument("sample_rate", f"is {rate}", "[0, 1]")
-    grid = as_orders(orders)
+    wanted = np.atleast_1d(as_float_array("orders", orders, 1))
+    if np.isposinf(wanted).any():
+        return _at_infinity(rate, ratios, wanted)
+    grid = as_orders(wanted)
     if grid.max() > MAX_ORDER:
         raise bad_argument("orders", f"reach {grid.max()}", f"(1, {MAX_ORDER:.0f}]")
     unsampled = gaussian_rdp(ratios, grid)
@@ -78,6 +81,16 @@ def sampled_gaussian_rdp(sample_rate: float, ratios: ArrayLike, orders: ArrayLik
         # fmin: the bound without sampling stands in for a value that could not be represented.
         result[inner] = np.fmin(result[inner], value)
     return _positive(r, result)
+
+
+def _at_infinity(rate: float, ratios: ArrayLike, orders: Floats) -> Floats:
+    """Values with order inf among the orders: the likelihood ratio of a Gaussian shift is unbounded."""
+    finite = ~np.isposinf(orders)
+    r = np.atleast_1d(as_nonnegative("ratios", ratios, 1))
+    result = np.repeat(np.where((r > 0) & (rate > 0), np.inf, 0.0)[:, None], orders.size, axis=1)
+    if finite.any():
+        result[:, finite] = sampled_gaussian_rdp(rate, r, orders[finite])
+    return result
 
 
 def _positive(ratios: Floats, rdp: Floats) -> Floats:

@@ -310,7 +310,8 @@ def test_shapes_scalars_and_order_of_arguments() -> None:
         ((0.1, -1e-300, 2.0), "PIA070"),
         ((0.1, 1.0, [2.0, math.nan]), "PIA070"),
         ((0.1, 1.0, 1.0), "PIA070"),
-        ((0.1, 1.0, math.inf), "PIA070"),
+        ((0.1, 1.0, -math.inf), "PIA070"),
+        ((0.1, 1.0, [math.inf, 0.5]), "PIA070"),
         ((0.1, 1.0, 1e6), "PIA070"),
         ((0.1, 1.0, []), "PIA071"),
         ((0.1, [[1.0]], 2.0), "PIA071"),
@@ -324,3 +325,10 @@ def test_bad_arguments(arguments: tuple[Any, Any, Any], code: str) -> None:
     with pytest.raises(UsageError) as caught:
         sampled_gaussian_rdp(*arguments)
     assert caught.value.code == code
+
+
+def test_the_limit_of_the_orders_is_infinite_for_whoever_takes_part() -> None:
+    values = sampled_gaussian_rdp(0.1, [0.0, 0.5], [2.0, math.inf])
+    assert values[:, 0].tolist() == sampled_gaussian_rdp(0.1, [0.0, 0.5], 2.0)[:, 0].tolist()
+    assert values[:, 1].tolist() == [0.0, math.inf]
+    assert sampled_gaussian_rdp(0.0, [0.5], math.inf).tolist() == [[0.0]]
