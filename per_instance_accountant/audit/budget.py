@@ -12,7 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from per_instance_accountant.accounting import Basis, ChargingRule, IndividualLoss, account
-from per_instance_accountant.audit.statement import statement_text
+from per_instance_accountant.audit.statement import model_card_text, statement_text
 from per_instance_accountant.divergence import DEFAULT_ORDERS
 from per_instance_accountant.errors import UsageError
 from per_instance_accountant.ledger import Ledger
@@ -126,6 +126,10 @@ class BudgetAudit(Tabular):
     def statement(self) -> str:
         """What the numbers promise, in words."""
         return statement_text(self)
+
+    def model_card(self) -> str:
+        """A Markdown block for a model card, without individual values."""
+        return model_card_text(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Summary without individual values."""

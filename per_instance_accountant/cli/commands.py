@@ -23,6 +23,7 @@ from per_instance_accountant.errors import (
 GROUPS = (
     "starting",
     "auditing",
+    "reporting",
     "planning",
     "forgetting",
     "certifying",
@@ -33,7 +34,6 @@ a command, write its module beside this one and name it here."""
 _EXTRA_OF = {"torch": "opacus", "opacus": "opacus", "sklearn": "demo"}
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
