@@ -39,6 +39,7 @@ CODES: Final[dict[str, str]] = {
     "PIA061": "an optional dependency is not installed",
     "PIA070": "an argument is outside its range",
     "PIA071": "an argument has the wrong type or shape",
+    "PIA085": "a request id stands for another request already",
     "PIA115": "the parts that ranks wrote do not make up one run",
     "PIA116": "parts of a run on several ranks are missing",
     "PIA117": "the part of one rank was used where the whole run is needed",

@@ -24,6 +24,10 @@ def verify(
     require_signature: Annotated[
         bool, typer.Option("--require-signature", help="Without a signature it is not valid.")
     ] = False,
+    plan_file: Annotated[str | None, typer.Option("--plan", help="It must be of this plan.")] = None,
+    request_id: Annotated[
+        str | None, typer.Option("--request-id", help="It must be of this request.")
+    ] = None,
     output_format: FormatOption = Format.TABLE,
 ) -> None:
     """Recompute a certificate's claim from the evidence."""
@@ -36,6 +40,8 @@ def verify(
         signature=signature,
         public_key=public_key,
         require_signature=require_signature,
+        plan=plan_file,
+        request_id=request_id,
     )
     emit(verification_page(report), output_format)
     finish(report.valid)

@@ -70,6 +70,31 @@ def read_ids(text: str, kind: np.dtype[Any]) -> NDArray[Any]:
         ) from error
 
 
+def read_step_grid(text: str, max_steps: int | None) -> tuple[int, ...]:
+    """``0,10,100``, or ``geometric`` or ``geometric:RATIO`` up to ``max_steps``. Raises UsageError PIA071.
+
+    >>> read_step_grid("0, 10,100", None), read_step_grid("geometric:2", 8)
+    ((0, 10, 100), (0, 1, 2, 4, 8))
+    """
+    from per_instance_accountant.unlearning import geometric_grid
+    from per_instance_accountant.unlearning.bounds import MAX_STEPS
+
+    kind, _, ratio = text.partition(":")
+    try:
+        if kind == "geometric":
+            return geometric_grid(MAX_STEPS if max_steps is None else max(max_steps, 1), float(ratio or 1.25))
+        return tuple(_integer(part) for part in text.split(","))
+    except UsageError:
+        raise
+    except ValueError as error:
+        raise UsageError(
+            "PIA071",
+            "--step-grid holds an entry that is no whole number, or a ratio that is no number",
+            "Nothing was planned",
+            "--step-grid 0,10,100 or --step-grid geometric:1.5",
+        ) from error
+
+
 def read_assumptions(path: str) -> dict[str, Any]:
     """The JSON object in a file. Raises UsageError PIA070 for an unreadable file, PIA071 for others."""
     try:

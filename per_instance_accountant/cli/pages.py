@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from per_instance_accountant.audit.rounding import rounded_up
@@ -9,7 +10,7 @@ from per_instance_accountant.cli.printing import SENSITIVE, Page, Table
 
 if TYPE_CHECKING:
     from per_instance_accountant.audit.budget import BudgetAudit
-    from per_instance_accountant.unlearning import UnlearningPlan, VerificationReport
+    from per_instance_accountant.unlearning import EveryoneSteps, UnlearningPlan, VerificationReport
 
 
 def budget_verdict(result: BudgetAudit, budget: float) -> dict[str, Any]:
@@ -61,7 +62,43 @@ def nothing_to_plan_page(statuses: dict[str, str]) -> Page:
     )
 
 
-def plan_page(made: UnlearningPlan, statuses: dict[str, str] | None = None) -> Page:
+def everyone_page(table: EveryoneSteps, individuals: bool) -> Page:
+    """Quantiles of the steps that each instance needs alone; ``individuals``: a row for everyone as well."""
+    shares = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
+    steps = table.quantile(shares).tolist()
+    unreachable = int((table.steps == math.inf).sum())
+    counted = [{"share": f"{share:.0%}", "steps at most": k} for share, k in zip(shares, steps, strict=True)]
+    order, delta = table.measure.order, table.measure.delta
+    measure = f"Renyi order {order}" if order is not None else f"delta {delta}"
+    head = [
+        f"Steps that each of {len(table.ids)} instances would need alone; {unreachable} are unreachable",
+        f"Target epsilon {table.target} at {measure}, direction {table.direction}; "
+        f"training took {table.training_steps} steps",
+    ]
+    document = {
+        "instances": len(table.ids),
+        "unreachable": unreachable,
+        "quantiles": {f"p{round(100 * share)}": k for share, k in zip(shares, steps, strict=True)},
+        "target": table.target,
+        "order": order,
+        "delta": delta,
+        "direction": table.direction,
+        "training_steps": table.training_steps,
+        "bounds": {name: int((table.bound == name).sum()) for name in table.bound_names},
+        "notice": SENSITIVE,
+    }
+    columns = (table.ids.tolist(), table.steps.tolist(), table.value.tolist(), table.bound.tolist())
+    rows = list(zip(*columns, strict=True)) if individuals else []
+    everyone = Table(columns=("id", "steps", "epsilon", "by"), rows=rows)
+    return Page(
+        head=head,
+        tables=[Table.of(counted), *([everyone] if individuals else [])],
+        document=document,
+        notes=["Never add up steps or values: a forget set needs pia plan --ids", SENSITIVE],
+    )
+
+
+def plan_page(made: UnlearningPlan, statuses: dict[str, str] | None = None, status: str = "planned") -> Page:
     """Steps of the request and of each instance alone, the bound that gave them and what it assumes."""
     from per_instance_accountant.unlearning import CONDITIONS
 
@@ -79,6 +116,8 @@ def plan_page(made: UnlearningPlan, statuses: dict[str, str] | None = None) -> P
         ]
     else:
         head = [f"Plan: unreachable for the {len(made.ids)} requested instances", f"Best reached: {claim}"]
+    if made.request_id is not None:
+        head.append(f"Request {made.request_id}: {status}")
     rows = [
         {
             "id": row.id,
@@ -100,6 +139,7 @@ def plan_page(made: UnlearningPlan, statuses: dict[str, str] | None = None) -> P
         tables=[*queue, Table.of(rows)],
         document=made.to_dict()
         | ({} if statuses is None else {"requests": statuses})
+        | {"status": status}
         | {"conditions": list(CONDITIONS), "notice": SENSITIVE},
         notes=[*assumed, *unused, *(f"Condition: {one}" for one in CONDITIONS), SENSITIVE],
     )

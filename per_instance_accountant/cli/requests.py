@@ -21,10 +21,12 @@ HEADER = "request_id,id"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Requests:
-    """ids (k,): to plan for, each once, in the order of the file. statuses: request id -> ``"planned"``, or
-    ``"recorded"`` when the ledger states all its instances as forgotten already."""
+    """ids (k,): to plan for, each once, in the order of the file; all_ids: with those recorded as forgotten.
+    statuses: request id -> ``"planned"``, or ``"recorded"`` when the ledger states all its instances as
+    forgotten already."""
 
     ids: NDArray[Any]
+    all_ids: NDArray[Any]
     statuses: dict[str, str]
 
 
@@ -57,7 +59,11 @@ def read_requests(text: str, ledger: Ledger) -> Requests:
         pending = one in open_ids or statuses.get(request) == "planned"
         statuses[request] = "planned" if pending else "recorded"
     ids = [one for one in distinct if one in open_ids]
-    return Requests(ids=np.array(ids, dtype=ledger.ids.dtype if ids else None), statuses=statuses)
+    return Requests(
+        ids=np.array(ids, dtype=kind if ids else None),
+        all_ids=np.array(list(distinct), dtype=kind),
+        statuses=statuses,
+    )
 
 
 def _parsed(row: list[str], number: int, kind: np.dtype[Any]) -> tuple[str, Any]:

@@ -11,6 +11,7 @@ from per_instance_accountant.unlearning.everyone import EveryoneSteps, plan_ever
 from per_instance_accountant.unlearning.issuing import issue
 from per_instance_accountant.unlearning.plan_file import InstanceSteps, UnlearningPlan
 from per_instance_accountant.unlearning.planner import geometric_grid, plan
+from per_instance_accountant.unlearning.repeating import plan_once, request_status
 from per_instance_accountant.unlearning.signing import generate_keys, save_envelope, sign
 from per_instance_accountant.unlearning.verification import Check, VerificationReport, verify
 
@@ -30,6 +31,8 @@ __all__ = [
     "logistic_regression",
     "plan",
     "plan_everyone",
+    "plan_once",
+    "request_status",
     "save_envelope",
     "sign",
     "softmax_regression",

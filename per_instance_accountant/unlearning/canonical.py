@@ -13,8 +13,8 @@ import rfc8785
 
 from per_instance_accountant.errors import CertificateError
 
-ACCOUNTING_VERSION: Final = 1
-"""Rises whenever a bound or a charge is computed differently."""
+ACCOUNTING_VERSION: Final = 2
+"""Rises whenever a bound or a charge is computed differently. 2: runs with a privacy filter have bounds."""
 MAX_FILE: Final = 64 << 20
 _BLOCK: Final = 1 << 20
 _RECORDED: Final = ("per-instance-accountant", "numpy", "scipy", "torch", "opacus")

@@ -109,6 +109,7 @@ class Predicate(_Strict):
 
     claim: ClaimRecord
     conditions: Annotated[list[str], Field(min_length=1)]
+    request_id: Annotated[str, Field(min_length=1, max_length=200)] | None
     requests: Annotated[list[Pseudonym], Field(min_length=1)]
     bound: str
     steps: Count
@@ -120,6 +121,7 @@ class Predicate(_Strict):
     models: ModelsRecord
     noise: Literal["system", "seed"]
     plan: Digest
+    plan_content: Digest
     accounting_version: Count
     software: dict[str, str]
     created: str

@@ -27,7 +27,7 @@ from per_instance_accountant.unlearning.canonical import (
 )
 from per_instance_accountant.unlearning.chain import Mechanism
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 _SAFE_INTEGER: Final = 2**53 - 1
 
 
@@ -54,7 +54,8 @@ class UnlearningPlan(Tabular):
     direction, reference: of the divergence. mechanism: of the unlearning steps (the last training phase's).
     contraction: upper bound per step, None if unknown. assumptions: name -> value and source. charging: rule
     name that replaced the run's own, or None. step_grid: public numbers of steps that ``steps`` was rounded
-    up to, or None. anchor: the moment of the ledger the plan was made for; it holds for no other.
+    up to, or None. max_steps: no larger number was considered. request_id: the caller's name of the whole
+    request, or None. anchor: the moment of the ledger the plan was made for; it holds for no other.
     """
 
     ids: tuple[int | str, ...]
@@ -68,6 +69,8 @@ class UnlearningPlan(Tabular):
     cost_ratio: float | None
     target: float
     step_grid: tuple[int, ...] | None
+    max_steps: int
+    request_id: str | None
     measure: Measure
     direction: str
     reference: str
@@ -96,13 +99,21 @@ class UnlearningPlan(Tabular):
 
     @property
     def digest(self) -> str:
-        """``"sha256:<hex>"`` over the canonical content; the unlearn phase of the ledger carries it."""
-        return digest_of(_encoded(self.to_dict()))
+        """``"sha256:<hex>"`` that commits to the content and the request; the unlearn phase of the ledger
+        carries it."""
+        return plan_digest(self.content_digest, self.request_id)
+
+    @property
+    def content_digest(self) -> str:
+        """``"sha256:<hex>"`` over the canonical content without ``request_id``."""
+        content = _encoded(self.to_dict())
+        del content["request_id"]
+        return digest_of(content)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write canonical JSON, readable by the owner only."""
         content = _encoded(self.to_dict())
-        write_private(path, canonical({"format": FORMAT, "plan": content, "digest": digest_of(content)}))
+        write_private(path, canonical({"format": FORMAT, "plan": content, "digest": self.digest}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> UnlearningPlan:
@@ -147,6 +158,11 @@ class UnlearningPlan(Tabular):
         found = f"{self.steps} steps by {self.bound}" if self.reachable else "unreachable"
         value = f"value {rounded_up(self.value)} for target {self.target:g}"
         return f"<UnlearningPlan: {len(self.ids)} instances, {found}, {value}>"
+
+
+def plan_digest(content: str, request_id: str | None) -> str:
+    """The digest of a plan from that of its content."""
+    return digest_of({"content": content, "request_id": request_id})
 
 
 @functools.cache

@@ -36,6 +36,7 @@ def plan(
     max_steps: int | None = None,
     step_grid: Iterable[int] | None = None,
     projection_radius: float | None = None,
+    request_id: str | None = None,
 ) -> UnlearningPlan:
     """Least number K of noisy steps without the forget set, so that the result is close to retraining without
     it.
@@ -47,7 +48,8 @@ def plan(
     ``reachable=False``, not an error. step_grid: a public list of numbers of steps; K is rounded up to the
     next of them, so that K reveals no more of the instances than that (beyond the last: unreachable).
     projection_radius: project all parameters onto the ball of this radius before each unlearning step, which
-    needs no assumption on the loss.
+    needs no assumption on the loss. request_id: your name of the request, for the plan and the certificate;
+    not the name of a person.
 
     Raises PlanError PIA032 (unknown, repeated, never trained, all or no instances) and PIA031 (assumptions),
     UsageError PIA070 (target, order, delta), GuaranteeError PIA012 (the run is not certified), LedgerError.
@@ -69,6 +71,7 @@ def plan(
     ledger = Ledger.open(ledger)
     measure = Measure(order=order, delta=target_delta)
     question = Question.of(target_epsilon, direction, max_steps, step_grid)
+    _check_request_id(request_id)
     known = stated_assumptions(assumptions, ledger)
     positions = _requested(ledger, ids)
     chain = training_chain(ledger, positions, charging)
@@ -89,6 +92,8 @@ def plan(
         cost_ratio=None if group.steps is None else group.steps / chain.num_steps,
         target=question.target,
         step_grid=question.grid,
+        max_steps=question.asked,
+        request_id=request_id,
         measure=measure,
         direction=direction,
         reference=REFERENCE,
@@ -106,11 +111,13 @@ def plan(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """What is asked of every bound: ``value(K) <= target`` for the least K up to ``limit``, on ``grid``."""
+    """What is asked of every bound: ``value(K) <= target`` for the least K up to ``limit``, on ``grid``.
+    asked: the limit as the caller stated it."""
 
     target: float
     direction: str
     limit: int
+    asked: int
     grid: tuple[int, ...] | None
 
     @classmethod
@@ -120,14 +127,15 @@ class Question:
         """Checked. Raises UsageError PIA070."""
         require(0 < target < math.inf, "target_epsilon", target, "(0, inf)")
         require(direction in ("both", "remove"), "direction", direction, "('both', 'remove')")
-        limit = MAX_STEPS if max_steps is None else max_steps
-        require(limit >= 0 and limit == int(limit), "max_steps", max_steps, "[0, inf)")
+        asked = MAX_STEPS if max_steps is None else max_steps
+        require(0 <= asked < math.inf and asked == int(asked), "max_steps", max_steps, "[0, inf)")
+        limit = asked
         grid = None if step_grid is None else tuple(int(k) for k in step_grid)
         if grid is not None:
             rising = len(grid) > 0 and grid[0] >= 0 and all(a < b for a, b in itertools.pairwise(grid))
             require(rising, "step_grid", f"{len(grid)} numbers", "increasing non-negative integers")
             limit = min(limit, grid[-1])
-        return cls(target=float(target), direction=direction, limit=int(limit), grid=grid)
+        return cls(target=float(target), direction=direction, limit=int(limit), asked=int(asked), grid=grid)
 
     def rounded(self, steps: float) -> float:
         """``steps`` or the next number of the grid."""
@@ -219,6 +227,12 @@ def stated_assumptions(given: Assumptions | Mapping[str, Any] | None, ledger: Le
     if given is not None:
         return Assumptions.from_dict(given)
     return Assumptions.from_dict(ledger.run.assumptions or {}, source="run")
+
+
+def _check_request_id(request_id: str | None) -> None:
+    ok = request_id is None or (isinstance(request_id, str) and 0 < len(request_id) <= 200)
+    shown = "another value" if not isinstance(request_id, str) else f"{len(request_id)} characters"
+    require(ok and (request_id or "x").isprintable(), "request_id", shown, "1 to 200 printable characters")
 
 
 def _requested(ledger: Ledger, ids: Iterable[int | str] | NDArray[Any]) -> NDArray[np.int64]:

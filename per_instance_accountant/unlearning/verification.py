@@ -27,6 +27,7 @@ from per_instance_accountant.unlearning.certificate import (
 )
 from per_instance_accountant.unlearning.chain import Mechanism, training_chain
 from per_instance_accountant.unlearning.execution import Execution, read_execution
+from per_instance_accountant.unlearning.plan_file import UnlearningPlan, plan_digest
 from per_instance_accountant.unlearning.signing import signature_problem
 
 _TOLERANCE: Final = 1e-9
@@ -135,6 +136,12 @@ def _digest(e: _Evidence) -> Problem:
     )
 
 
+def _plan(e: _Evidence) -> Problem:
+    """The digest of the plan, which the ledger holds beside its steps, commits to the request."""
+    same = plan_digest(e.predicate.plan_content, e.predicate.request_id) == e.predicate.plan
+    return None if same else "the plan was made for another request"
+
+
 def _claim(e: _Evidence) -> Problem:
     claim = e.predicate.claim
     Measure(order=claim.order, delta=claim.delta)
@@ -146,9 +153,13 @@ def _claim(e: _Evidence) -> Problem:
 
 
 def _versions(e: _Evidence) -> Problem:
-    if e.predicate.accounting_version == ACCOUNTING_VERSION:
+    stated = e.predicate.accounting_version
+    if stated == ACCOUNTING_VERSION:
         return None
-    return f"accounting version {e.predicate.accounting_version}, this is version {ACCOUNTING_VERSION}"
+    age = (
+        "older: verify it with the release that issued it" if stated < ACCOUNTING_VERSION else "unknown here"
+    )
+    return f"accounting version {stated} is {age}; this release computes version {ACCOUNTING_VERSION}"
 
 
 def _checkpoint(e: _Evidence) -> Problem:
@@ -247,6 +258,7 @@ def _value(e: _Evidence) -> Problem:
 CHECKS: Final[tuple[tuple[str, Callable[[_Evidence], Problem], str], ...]] = (
     ("subject", _subject, "the subject is the model after unlearning"),
     ("digest", _digest, "the predicate is as it was issued"),
+    ("plan", _plan, "the plan is that of the request"),
     ("claim", _claim, "the certified value is at most the target"),
     ("accounting version", _versions, "computed by this version of the accounting"),
     ("checkpoint", _checkpoint, "the file is the certified model"),
@@ -268,13 +280,16 @@ def verify(
     signature: Mapping[str, Any] | str | os.PathLike[str] | None = None,
     public_key: str | os.PathLike[str] | None = None,
     require_signature: bool = False,
+    plan: UnlearningPlan | str | os.PathLike[str] | None = None,
+    request_id: str | None = None,
 ) -> VerificationReport:
     """Check a certificate against the ledger and the model file it was issued for.
 
     Without ``ledger`` or ``checkpoint`` the checks that need them are skipped, and the report is not valid.
     Facts with source ``"user"`` are taken as stated. signature, public_key: the envelope that :func:`sign`
     made, and the Ed25519 key to check it with (extra ``sign``); with either of them, or with
-    ``require_signature``, a signature that is missing or wrong is a failed check.
+    ``require_signature``, a signature that is missing or wrong is a failed check. plan, request_id: if given,
+    the certificate must be of this plan and of this request.
 
     Raises CertificateError PIA051 when the certificate file cannot be read; every other fault is a failed
     check.
@@ -293,7 +308,11 @@ def verify(
     except PiaError as error:
         return VerificationReport(checks=(Check(name="ledger", status="failed", detail=error.happened),))
     evidence = _Evidence(parsed, opened, checkpoint)
-    checks = CHECKS
+    checks = [*CHECKS]
+    if plan is not None:
+        checks.append(("given plan", lambda e: _plan_problem(e, plan), "issued for the given plan"))
+    if request_id is not None:
+        checks.append(("request id", lambda e: _request_problem(e, request_id), "of the given request"))
     if require_signature or signature is not None or public_key is not None:
 
         def signed(e: _Evidence) -> Problem:
@@ -301,8 +320,17 @@ def verify(
                 return f"no {'signature' if signature is None else 'public key'} was given"
             return signature_problem(e.certificate, signature, public_key)
 
-        checks = (*CHECKS, ("signature", signed, "signed by the holder of the given key"))
+        checks.append(("signature", signed, "signed by the holder of the given key"))
     return VerificationReport(checks=tuple(_made(name, ask, holds, evidence) for name, ask, holds in checks))
+
+
+def _plan_problem(e: _Evidence, plan: UnlearningPlan | str | os.PathLike[str]) -> Problem:
+    made = plan if isinstance(plan, UnlearningPlan) else UnlearningPlan.load(plan)
+    return None if made.digest == e.predicate.plan else "the certificate was issued for another plan"
+
+
+def _request_problem(e: _Evidence, request_id: str) -> Problem:
+    return None if e.predicate.request_id == request_id else "the certificate is of another request"
 
 
 def _parsed(certificate: Certificate | Mapping[str, Any] | str | os.PathLike[str]) -> Certificate:

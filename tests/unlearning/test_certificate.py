@@ -91,7 +91,7 @@ def resealed(content, ledger=None):
 def test_a_finished_plan_is_certified_and_verifies(certified):
     _, made, certificate, path, _, after = certified
     report = verify(certificate, ledger=path, checkpoint=after)
-    assert report.valid and not report.failures and len(report.checks) == 11
+    assert report.valid and not report.failures and len(report.checks) == 12
     report.raise_if_failed()
     predicate = certificate.predicate
     assert (predicate.steps, predicate.claim.value, predicate.bound) == (made.steps, made.value, made.bound)
@@ -313,7 +313,7 @@ def test_seeded_bug_one_step_too_few(started):
         {"bound": "R9 wishful"},
         {"charging": "fixed_thresholds"},
         {"assumptions": {}},
-        {"accounting_version": 2},
+        {"accounting_version": 3},
     ],
 )
 def test_a_plan_that_claims_more_than_the_ledger_supports_gets_no_certificate(started, lie):
