@@ -53,6 +53,7 @@ class PerInstanceAccountant(IAccountant):
         orders = np.asarray(DEFAULT_ORDERS if alphas is None else alphas, dtype=np.float64)
         total = np.zeros(orders.shape)
         entries = np.array([_checked(entry) for entry in self.history], dtype=np.float64).reshape(-1, 3)
+        entries = entries[entries[:, 2] > 0]
         for rate in np.unique(entries[:, 1]):
             noise, _rate, steps = entries[entries[:, 1] == rate].T
             with np.errstate(divide="ignore"):
