@@ -110,7 +110,7 @@ def layer_factors(
 
     >>> rows = [torch.tensor([[3.0, 0.0]]), torch.tensor([[0.1]])]
     >>> factors, together = layer_factors(rows, np.array([0.6, 0.8]), 1.0)
-    >>> factors.round(4).tolist(), together.round(4).tolist()
+    >>> factors.astype(float).round(4).tolist(), together.round(4).tolist()
     ([[0.2, 1.0]], [0.6083])
     """
     limits = layer_norms * (clip_norm / float(np.linalg.norm(layer_norms)))

@@ -59,7 +59,9 @@ def refuse(reason: str, fix: str) -> NoReturn:
 def check_untracked(optimizer: torch.optim.Optimizer) -> None:
     """Raise UnsupportedError PIA060 for an optimizer that is tracked already, wrapped or not."""
     inner = getattr(optimizer, "original_optimizer", optimizer)
-    hooks = getattr(inner, "_optimizer_step_pre_hooks", {})
+    hooks = getattr(inner, "_optimizer_step_pre_hooks", None)
+    if hooks is None:
+        refuse("an optimizer inside the wrapper of a framework", "make_private first, then prepare")
     tracked = any(isinstance(getattr(hook, "__self__", None), Tracker) for hook in hooks.values())
     if tracked or isinstance(optimizer, TrackedOptimizer):
         refuse("the optimizer is tracked already", "build a new optimizer for every make_private or attach")

@@ -281,6 +281,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
         mode, clipping = arguments.get("grad_sample_mode", "hooks"), arguments.get("clipping", "flat")
         if mode not in check.MODES:
             check.refuse(f"grad_sample_mode={mode!r}", 'make_private(grad_sample_mode="hooks")')
+        if mode == "ew" and not arguments.get("wrap_model", True):
+            check.refuse("expanded weights without a wrapper that runs them", "wrap_model=True")
         check.check_clipping(mode, clipping, arguments, self._tracking["charging"])
         if arguments.get("rand_on_empty"):
             check.refuse(

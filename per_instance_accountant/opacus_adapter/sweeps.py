@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from opacus.grad_sample import GradSampleModuleExpandedWeights
 from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from torch.utils.data import DataLoader
 
@@ -86,7 +87,9 @@ def _batch_norms(
     core = getattr(module, "_module", module)
     for p in core.parameters():
         p.grad = p.grad_sample = None
-    loss = criterion(core(**batch), batch) if mapping else criterion(core(*batch[:-1]), batch[-1])
+    # Only their wrapper can run expanded weights; the other modes are hooks on the module itself.
+    run = module if isinstance(module, GradSampleModuleExpandedWeights) else core
+    loss = criterion(run(**batch), batch) if mapping else criterion(run(*batch[:-1]), batch[-1])
     if isinstance(criterion, DPLossFastGradientClipping):
         per_instance = loss.loss_per_sample
         (per_instance.mean() if module.loss_reduction == "mean" else per_instance.sum()).backward()
