@@ -10,7 +10,12 @@ from typing import Any, NoReturn
 
 from opacus.optimizers import DPOptimizer
 
-from per_instance_accountant.errors import AlignmentError, LedgerError, MissingDependencyError, UnsupportedError
+from per_instance_accountant.errors import (
+    AlignmentError,
+    LedgerError,
+    MissingDependencyError,
+    UnsupportedError,
+)
 from per_instance_accountant.ledger import Anchor
 from per_instance_accountant.opacus_adapter import PrivacyEngine, Tracker
 from per_instance_accountant.opacus_adapter.loader import Delivery, IndexedCollate, TrackedLoader
@@ -109,7 +114,10 @@ def continue_from(engine: PrivacyEngine, saved: Any) -> None:
 def refuse(happened: str, fix: str) -> NoReturn:
     """Raise UnsupportedError PIA100."""
     raise UnsupportedError(
-        "PIA100", happened, "Steps would be changed, repeated or hidden outside of the recorded mechanism", fix
+        "PIA100",
+        happened,
+        "Steps would be changed, repeated or hidden outside of the recorded mechanism",
+        fix,
     )
 
 

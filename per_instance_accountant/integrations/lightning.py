@@ -33,8 +33,8 @@ class IndividualPrivacyCallback(L.Callback):
     delta: with it the running epsilons are logged at the end of each epoch (as private as the data).
     criterion: the loss that the sweeps of ``Sweep`` measure, over the module that :func:`trained_module` finds.
 
-    Pass the loader through :meth:`loader`; its batch size times ``accumulate_grad_batches`` over the size of
-    the data set is the sampling rate, and each Poisson draw is split evenly over the accumulated batches.
+    Pass the loader through :meth:`loader`. The expected size of a draw is about its batch size times
+    ``accumulate_grad_batches``; each draw is split evenly over the accumulated batches.
 
     >>> privacy = IndividualPrivacyCallback(PrivacyEngine(accountant="rdp"), noise_multiplier=1.0,
     ...                                     max_grad_norm=1.0)
@@ -55,7 +55,9 @@ class IndividualPrivacyCallback(L.Callback):
         """What to pass to ``trainer.fit`` for ``data_loader``. Raises UnsupportedError PIA060."""
         check_loader(data_loader)
         if self._loader is not None:
-            refuse("two loaders for one run", "IndividualPrivacyCallback(PrivacyEngine(...), ...) for each run")
+            refuse(
+                "two loaders for one run", "IndividualPrivacyCallback(PrivacyEngine(...), ...) for each run"
+            )
         self._loader = PrivateLoader(data_loader)
         return self._loader
 
@@ -143,7 +145,14 @@ class PrivateLoader:
         plain = self._plain
         if parts == 1 or plain.batch_size is None:
             return plain
-        names = ("collate_fn", "num_workers", "pin_memory", "persistent_workers", "worker_init_fn", "generator")
+        names = (
+            "collate_fn",
+            "num_workers",
+            "pin_memory",
+            "persistent_workers",
+            "worker_init_fn",
+            "generator",
+        )
         options: dict[str, Any] = {name: getattr(plain, name) for name in names}
         return DataLoader(plain.dataset, batch_size=plain.batch_size * parts, **options)
 

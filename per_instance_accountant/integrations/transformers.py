@@ -37,8 +37,7 @@ class IndividualPrivacyCallback(TrainerCallback, ExportableState):
     """Makes the steps of a stock ``Trainer`` private and records every instance's part in them.
 
     engine: a fresh PrivacyEngine. noise_multiplier, max_grad_norm and other options: as for ``make_private``;
-    the sampling rate is ``per_device_train_batch_size * gradient_accumulation_steps`` over the size of the
-    data set. delta: with it the running epsilons join what the Trainer logs (as private as the data).
+    the expected size of a draw is about ``per_device_train_batch_size * gradient_accumulation_steps``. delta: with it the running epsilons join what the Trainer logs (as private as the data).
 
     The callback gives the Trainer a loader whose batches carry a ticket under ``pia_index``, because the
     Trainer fetches batches ahead; the model's forward pass hands it in. With gradient accumulation each
@@ -102,8 +101,9 @@ class IndividualPrivacyCallback(TrainerCallback, ExportableState):
         tickets = TicketLoader(split_evenly(loader, parts), desk, stand_in(loader, optimizer))
         trainer.get_train_dataloader = lambda: tickets
         trainer.optimizer = self._optimizer = optimizer
-        if self not in trainer.callback_handler.callbacks:
-            trainer.add_callback(self)
+        # First, so that loggers see what it adds to the log.
+        others = [callback for callback in trainer.callback_handler.callbacks if callback is not self]
+        trainer.callback_handler.callbacks = [self, *others]
 
     def state(self) -> dict[str, Any]:
         """What the Trainer's checkpoints keep: the place in the ledger."""
@@ -138,7 +138,9 @@ class IndividualPrivacyCallback(TrainerCallback, ExportableState):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **objects: Any) -> None:
         if self.delta is not None and logs is not None and self._begun:
-            logs.update(self.engine.metrics(self.delta))
+            values = self.engine.metrics(self.delta)
+            logs.update(values)
+            state.log_history[-1].update(values)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         self.engine.tracker.recorder.writer.flush()
@@ -220,7 +222,14 @@ def _own_loss(outputs: Any, batch: Mapping[str, Any]) -> torch.Tensor:
 
 def _plain_loader(trainer: Trainer, parts: int) -> DataLoader[Any]:
     stock = trainer.get_train_dataloader()
-    names = ("collate_fn", "num_workers", "pin_memory", "persistent_workers", "worker_init_fn", "prefetch_factor")
+    names = (
+        "collate_fn",
+        "num_workers",
+        "pin_memory",
+        "persistent_workers",
+        "worker_init_fn",
+        "prefetch_factor",
+    )
     options: dict[str, Any] = {name: getattr(stock, name) for name in names}
     return DataLoader(stock.dataset, batch_size=trainer.args.train_batch_size * parts, **options)
 
@@ -248,8 +257,8 @@ def _refuse_settings(trainer: Trainer) -> None:
         ),
         "one process and one device for each Trainer": not single,
         "no deepspeed, no fsdp": bool(args.deepspeed) or bool(args.fsdp),
-        "a Trainer whose optimizer is not private yet": isinstance(
-            getattr(trainer.optimizer, "optimizer", trainer.optimizer), DPOptimizer
+        "attach to a new Trainer, before its train()": (
+            hasattr(trainer.optimizer, "optimizer") or isinstance(trainer.optimizer, DPOptimizer)
         ),
     }
     for fix, wrong in found.items():
