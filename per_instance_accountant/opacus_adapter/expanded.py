@@ -11,7 +11,8 @@ from per_instance_accountant.errors import UnsupportedError
 
 
 class TrackedExpandedWeights(GradSampleModuleExpandedWeights):
-    """A GradSampleModuleExpandedWeights whose forward pass takes empty batches, unlike Opacus'. The tracked optimizer knows that an empty batch has no gradients."""
+    """A GradSampleModuleExpandedWeights whose forward pass takes empty batches, unlike Opacus'. The tracked
+    optimizer knows that an empty batch has no gradients."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if torch.is_autocast_enabled(x.device.type):

@@ -60,7 +60,7 @@ FEATURES = {
     "epsilon": Feature(
         title="`make_private_with_epsilon`",
         engine={"accountant": "gdp"},
-        private={"target_epsilon": 20.0},
+        private={"target_epsilon": 2.0},
     ),
     "double": Feature(title="float64", double=True),
     "autocast": Feature(title="bfloat16 autocast", autocast=True),
@@ -264,11 +264,11 @@ def outcome(mode: str, clipping: str, feature: str) -> str:
 
 HEADER = """# Modes of Opacus, as tested
 
-Written by `WRITE_TABLES=1 pytest tests/opacus_adapter/test_adapter_modes.py` from the cells that passed; do not
-edit. A cell is two epochs of training. **exact**: every recorded step names the instances of the loader, and every
-contribution is within 1e-5, relative, of the clipped norm by `torch.func` in float64 (under autocast: of the
-clipped norm of the stored gradients). A code is the typed error with which the engine refuses before anything is
-released.
+Written by `WRITE_TABLES=1 pytest tests/opacus_adapter/test_adapter_modes.py` from the cells that passed; do
+not edit. A cell is two epochs of training. **exact**: every recorded step names the instances of the loader,
+and every contribution is within 1e-5, relative, of the clipped norm by `torch.func` in float64 (under
+autocast: of the clipped norm of the stored gradients). A code is the typed error with which the engine refuses
+before anything is released.
 
 """
 
@@ -287,10 +287,10 @@ def table(outcomes: dict[tuple[str, str, str], str]) -> str:
 REASONS = """
 Why some cells are refused:
 
-- Ghost clipping with per-layer or adaptive clipping: Opacus has no optimizer for the first; its adaptive ghost
-  engine divides a noisy count by the private batch size and calibrates the count's noise with it.
-- Adaptive clipping with `FixedThresholds` or `Sweep`: the count query has a price of its own that moves with the
-  clip norm, which a recorded threshold does not include. `WorstCase` and `Unamplified` charge it.
+- Ghost clipping with per-layer or adaptive clipping: Opacus has no optimizer for the first; its adaptive
+  ghost engine divides a noisy count by the private batch size and calibrates the count's noise with it.
+- Adaptive clipping with `FixedThresholds` or `Sweep`: the count query has a price of its own that moves with
+  the clip norm, which a recorded threshold does not include. `WorstCase` and `Unamplified` charge it.
 - `Sweep` in mode `no_op`: only the loop knows how to find gradients there.
 - Expanded weights with `wrap_model=False`: nothing would run them; under autocast their backward pass fails.
 - Ghost clipping under autocast: released gradients would be larger than their recorded norms.
