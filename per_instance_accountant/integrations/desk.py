@@ -22,7 +22,7 @@ from per_instance_accountant.opacus_adapter.loader import Delivery, IndexedColla
 
 
 class Desk:
-    """Between a loader and a tracker: batches that the framework fetched ahead wait until the model gets them.
+    """Between a loader and a tracker: batches that a framework fetched ahead wait until the model gets them.
 
     Each batch that the loader hands out gets the next ticket. :meth:`collect` tells the tracker about the
     batches up to a ticket, in order, as if the loop had received them only now: a batch that never reached

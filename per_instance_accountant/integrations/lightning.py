@@ -29,9 +29,10 @@ from lightning.pytorch.strategies import SingleDeviceStrategy  # noqa: E402
 class IndividualPrivacyCallback(L.Callback):
     """Makes the steps of a Lightning ``Trainer`` private and records every instance's part in them.
 
-    engine: a fresh PrivacyEngine. noise_multiplier, max_grad_norm and other options: as for ``make_private``.
-    delta: with it the running epsilons are logged at the end of each epoch (as private as the data).
-    criterion: the loss that the sweeps of ``Sweep`` measure, over the module that :func:`trained_module` finds.
+    engine: a fresh PrivacyEngine. noise_multiplier, max_grad_norm and other options: as for
+    ``make_private``. delta: with it the running epsilons are logged at the end of each epoch (as private as
+    the data). criterion: the loss that the sweeps of ``Sweep`` measure, over the module that
+    :func:`trained_module` finds.
 
     Pass the loader through :meth:`loader`. The expected size of a draw is about its batch size times
     ``accumulate_grad_batches``; each draw is split evenly over the accumulated batches.

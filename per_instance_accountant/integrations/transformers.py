@@ -37,7 +37,8 @@ class IndividualPrivacyCallback(TrainerCallback, ExportableState):
     """Makes the steps of a stock ``Trainer`` private and records every instance's part in them.
 
     engine: a fresh PrivacyEngine. noise_multiplier, max_grad_norm and other options: as for ``make_private``;
-    the expected size of a draw is about ``per_device_train_batch_size * gradient_accumulation_steps``. delta: with it the running epsilons join what the Trainer logs (as private as the data).
+    the expected size of a draw is about ``per_device_train_batch_size * gradient_accumulation_steps``.
+    delta: with it the running epsilons join what the Trainer logs (as private as the data).
 
     The callback gives the Trainer a loader whose batches carry a ticket under ``pia_index``, because the
     Trainer fetches batches ahead; the model's forward pass hands it in. With gradient accumulation each

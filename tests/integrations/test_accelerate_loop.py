@@ -146,5 +146,5 @@ def test_wrong_orders_are_refused():
 
 def test_ghost_clipping_is_refused():
     engine, _, private = made(grad_sample_mode="ghost")
-    with pytest.raises(PiaError, match="PIA100.*ghost"):
+    with pytest.raises(PiaError, match=r"PIA100.*ghost"):
         prepare(Accelerator(cpu=True), engine, private[0], private[1], private[-1])

@@ -203,7 +203,7 @@ def test_several_processes_are_refused(tmp_path):
         PrivacyEngine(accountant="rdp"), noise_multiplier=1.0, max_grad_norm=CLIP
     )
     trainer = L.Trainer(strategy="ddp", devices=1, accelerator="cpu", logger=False, callbacks=[privacy])
-    with pytest.raises(PiaError, match="PIA100.*one process"):
+    with pytest.raises(PiaError, match=r"PIA100.*one process"):
         privacy.on_fit_start(trainer, Module())
 
 
@@ -216,14 +216,14 @@ def test_loaders_in_the_wrong_place_are_refused(tmp_path):
     with pytest.raises(PiaError, match=r"PIA070.*privacy.loader"):
         trainer.fit(Module(), DataLoader(examples(), batch_size=6))
     loader = privacy.loader(DataLoader(examples(), batch_size=6))
-    with pytest.raises(PiaError, match="PIA070.*before the fit"):
+    with pytest.raises(PiaError, match=r"PIA070.*before the fit"):
         next(iter(loader))
-    with pytest.raises(PiaError, match="PIA100.*two loaders"):
+    with pytest.raises(PiaError, match=r"PIA100.*two loaders"):
         privacy.loader(DataLoader(examples(), batch_size=6))
     with pytest.raises(PiaError, match="PIA007"):
         trainer.fit(Module(), DataLoader(examples(), batch_size=6))
     assert privacy.engine.ledger.num_steps == 0
-    with pytest.raises(PiaError, match="PIA060.*twice"):
+    with pytest.raises(PiaError, match=r"PIA060.*twice"):
         trainer.fit(Module(), loader)
 
 
