@@ -17,7 +17,7 @@ from per_instance_accountant.results.markup import Markup, element
 HEIGHT: Final = 240
 _TOP, _BOTTOM, _LINE = 12, 24, 14
 _PLOT: Final = HEIGHT - _TOP - _BOTTOM
-_NAMES: Final = 18
+_NAMES: Final = 14
 """Letters of a name that fit beside the plot; the table has the whole name."""
 
 
@@ -184,30 +184,22 @@ def _end_labels(ends: list[tuple[float, str, str]]) -> Markup:
 
 def spread(wanted: list[float], gap: float, low: float, high: float) -> list[float]:
     """Positions near ``wanted``, in the same order along the axis, at least ``gap`` apart and inside
-    [low, high] as far as they fit.
+    [low, high] if they fit there.
 
     >>> spread([10.0, 11.0, 50.0], 14, 0, 60)
-    [3.5, 17.5, 50.0]
+    [10.0, 24.0, 50.0]
     """
     order = sorted(range(len(wanted)), key=lambda k: wanted[k])
-    clusters: list[tuple[list[int], float]] = []
+    places = [0.0] * len(wanted)
+    least = low
     for k in order:
-        members, middle = [k], wanted[k]
-        while clusters:
-            before, centre = clusters[-1]
-            if middle - gap * (len(members) - 1) / 2 - (centre + gap * (len(before) - 1) / 2) >= gap:
-                break
-            clusters.pop()
-            middle = (middle * len(members) + centre * len(before)) / (len(members) + len(before))
-            members = before + members
-        half = gap * (len(members) - 1) / 2
-        middle = max(min(middle, high - half), low + half)
-        clusters.append((members, middle))
-    placed = dict.fromkeys(range(len(wanted)), 0.0)
-    for members, middle in clusters:
-        start = middle - gap * (len(members) - 1) / 2
-        placed |= {k: start + gap * place for place, k in enumerate(members)}
-    return [placed[k] for k in range(len(wanted))]
+        places[k] = max(wanted[k], least)
+        least = places[k] + gap
+    most = high
+    for k in reversed(order):
+        places[k] = min(places[k], most)
+        most = places[k] - gap
+    return places
 
 
 def _ranges(chart: Ranges) -> list[Markup]:

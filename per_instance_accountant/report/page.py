@@ -199,10 +199,7 @@ def _data(section: Section) -> Markup:
 
 
 def _method(rows: tuple[tuple[str, str], ...]) -> Markup:
-    lines = [
-        element("tr", element("th", name, scope="row"), element("td", text, class_="wrap"))
-        for name, text in rows
-    ]
+    lines = [element("tr", element("th", name, scope="row"), element("td", text)) for name, text in rows]
     table = element(
         "table", element("caption", "How the numbers came about"), element("tbody", *lines), class_="text"
     )
