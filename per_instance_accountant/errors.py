@@ -50,6 +50,8 @@ CODES: Final[dict[str, str]] = {
     "PIA101": "the loss of one instance depends on which others are in its batch",
     "PIA102": "a process of the run stopped, or disagrees with the others",
     "PIA103": "processes of one run draw the same random numbers",
+    "PIA090": "norms computed again from the batch differ from those of the loop",
+    "PIA091": "noise of an earlier session would be drawn again",
 }
 """Stable code -> title. A code is never reused for another meaning."""
 

@@ -14,8 +14,10 @@ from opacus.optimizers import DPOptimizer
 from per_instance_accountant.errors import AlignmentError, GuaranteeError, UnsupportedError
 from per_instance_accountant.ledger import Ledger
 from per_instance_accountant.opacus_adapter.clipping import clip_factors
+from per_instance_accountant.opacus_adapter.layers import check_statistics, normalising_layers
 from per_instance_accountant.opacus_adapter.loader import Delivery
 from per_instance_accountant.opacus_adapter.recording import Observation, Recorder
+from per_instance_accountant.opacus_adapter.verifying import Verifier
 
 SAFE_LOOP = "zero_grad, one forward, one backward, one optimizer.step() for each batch of the returned loader"
 SWEEP_BATCH = 256
@@ -30,8 +32,11 @@ class Tracker:
     Every guard runs before anything is accumulated, written or released, and an error changes nothing.
     """
 
-    def __init__(self, *, optimizer: DPOptimizer, module: torch.nn.Module, recorder: Recorder) -> None:
+    def __init__(
+        self, *, optimizer: DPOptimizer, module: torch.nn.Module, recorder: Recorder, verifier: Verifier
+    ) -> None:
         self.optimizer, self.module, self.recorder = optimizer, module, recorder
+        self.verifier, self._normalising = verifier, normalising_layers(module)
         self._hook = optimizer.step_hook
         self._check_rate(self._hook)
         self._loops = 0
@@ -150,10 +155,15 @@ class Tracker:
 
     def count_forward(self, module: torch.nn.Module, inputs: Any) -> None:
         """Counts the forward passes that leave per-sample gradients behind. Raises AlignmentError PIA007."""
+        check_statistics(self._normalising)
+        if self.verifier.running:
+            return
         if module.training and torch.is_grad_enabled():
             if self._stale:
                 self._check_identity(inputs)
             self._forwards += 1
+            if self.verifier.how != "off":
+                self.verifier.before_forward()
 
     def _check_identity(self, inputs: Any) -> None:
         mine = _addresses(self._batch.content) if self._batch else set()
@@ -253,6 +263,7 @@ class Tracker:
                 "remove or repair these instances or lower the learning rate; engine.abandon()",
             )
         part = self._current().part
+        self.verifier.check(self._current().content, norms)
         self.recorder.compare_loss(rows, norms, first=part.first, last=part.last)
         positions = rows if mapping is None else mapping[rows]
         mechanism = self._mechanism_now()

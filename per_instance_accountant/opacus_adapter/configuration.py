@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import inspect
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import version
@@ -14,8 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from opacus import grad_sample
-from opacus.accountants.utils import get_noise_multiplier
-from opacus.layers.dp_rnn import DPRNNBase
 from opacus.optimizers import AdaClipDPOptimizer, DPOptimizer, DPOptimizerFastGradientClipping
 from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
@@ -31,9 +27,11 @@ from per_instance_accountant.accounting.rules import (
 from per_instance_accountant.errors import GuaranteeError, PiaError, UnsupportedError, UsageError
 from per_instance_accountant.ledger.records import Run
 from per_instance_accountant.opacus_adapter.capture import Tracker
+from per_instance_accountant.opacus_adapter.layers import check_layers
 from per_instance_accountant.opacus_adapter.optimizers import TRACKED, TrackedOptimizer
 from per_instance_accountant.opacus_adapter.recording import Setting
 from per_instance_accountant.opacus_adapter.sweeps import sweep_norms
+from per_instance_accountant.opacus_adapter.verifying import Verify
 
 
 def _classes(*names: str) -> tuple[type[Any], ...]:
@@ -83,16 +81,6 @@ def check_optimizer(optimizer: DPOptimizer) -> None:
         )
     if any(p.dtype not in (torch.float32, torch.float64) for p in optimizer.params):
         refuse("parameters in low precision, where clipping is inexact", "model.float()")
-
-
-def check_layers(module: torch.nn.Module) -> None:
-    """Raise UnsupportedError PIA060 for layers whose per-sample gradients may come in another order than
-    the batch."""
-    if any(isinstance(layer, DPRNNBase) for layer in module.modules()):
-        refuse(
-            "a DPRNN, DPGRU or DPLSTM: its gradients are in order of length for packed sequences",
-            "use a layer that keeps the order of the batch, such as an embedding with a linear layer",
-        )
 
 
 def find_module(optimizer: DPOptimizer) -> Any:
@@ -155,6 +143,18 @@ def check_clipping(
             )
 
 
+def check_verify(verify: Verify) -> Verify:
+    """Raise UsageError PIA070 for an unknown word."""
+    if verify not in ("off", "first_step", "every_step"):
+        raise UsageError(
+            "PIA070",
+            f"verify={verify!r}, allowed are 'off', 'first_step' and 'every_step'",
+            "The loop would not be checked",
+            'verify="first_step"',
+        )
+    return verify
+
+
 def check_rule(clipping: str, charging: ChargingRule | None) -> None:
     """Raise UnsupportedError PIA060 for individual thresholds with adaptive clipping."""
     if clipping == "adaptive" and isinstance(charging, (FixedThresholds, Sweep)):
@@ -215,57 +215,6 @@ def describe_setting(
         kind=kind,
         plan_digest=plan_digest,
         positions=positions,
-    )
-
-
-def split_options(accountant: Any, arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options for the calibration of noise (those of ``get_epsilon``, and the tolerance), and the others."""
-    known = {"epsilon_tolerance", *inspect.signature(accountant.get_epsilon).parameters}
-    known -= {"delta", "kwargs", "_"}
-    options = {name: value for name, value in arguments.items() if name in known}
-    return options, {name: value for name, value in arguments.items() if name not in known}
-
-
-def calibrate(loader: DataLoader[Any], *, poisson: bool, epochs: float, **options: Any) -> float:
-    """The noise multiplier for this many epochs over the Poisson loader that Opacus makes of ``loader``.
-
-    Opacus plans ``epochs * len(loader)`` steps at rate ``1 / len(loader)``; its own loader may have one step
-    less, and its accountant a larger rate. Raises GuaranteeError PIA010 without Poisson sampling.
-    """
-    if not poisson:
-        raise GuaranteeError(
-            "PIA010",
-            "make_private_with_epsilon with poisson_sampling=False",
-            "Noise would be calibrated for sampling that does not happen",
-            "make_private(noise_multiplier=get_noise_multiplier(sample_rate=1, steps=epochs, ...), ...)",
-        )
-    # Opacus returns the noise 10 for a target that is NaN, and never returns for a delta of 1 or no steps.
-    targets = (("target_epsilon", 0, math.inf), ("target_delta", 0, 1), ("epochs", 0, math.inf))
-    for name, low, high in targets:
-        value = epochs if name == "epochs" else options[name]
-        if not (isinstance(value, int | float | np.number) and low < value < high):
-            raise UsageError(
-                "PIA070",
-                f"{name} is {value!r}, allowed is ({low}, {high})",
-                "No noise multiplier belongs to it",
-                "make_private_with_epsilon(target_epsilon=8.0, target_delta=1e-5, epochs=10, ...)",
-            )
-    length = int(1 / (1 / len(loader)))
-    steps = math.ceil(epochs * length)
-    try:
-        return float(get_noise_multiplier(sample_rate=1 / length, steps=steps, **options))
-    except ValueError as error:
-        if isinstance(error, UsageError):
-            raise
-        raise _too_low(float(options["target_epsilon"])) from None
-
-
-def _too_low(target: float) -> GuaranteeError:
-    return GuaranteeError(
-        "PIA011",
-        f"no noise multiplier up to 1e6 reaches epsilon {target:g}",
-        "Training at any of them would spend more",
-        "fewer epochs, a larger data set, or a larger target_epsilon",
     )
 
 

@@ -23,13 +23,16 @@ from per_instance_accountant.accounting.spending import Spending
 from per_instance_accountant.errors import UsageError
 from per_instance_accountant.ledger import Ledger, LedgerWriter
 from per_instance_accountant.opacus_adapter import configuration as check
+from per_instance_accountant.opacus_adapter.calibration import calibrate, split_options
 from per_instance_accountant.opacus_adapter.capture import ForwardWatch, Tracker
 from per_instance_accountant.opacus_adapter.checkpoints import CHECKPOINT_KEY, load_plain, read_anchor
 from per_instance_accountant.opacus_adapter.expanded import TrackedExpandedWeights
 from per_instance_accountant.opacus_adapter.ghost import install_ghost
+from per_instance_accountant.opacus_adapter.layers import check_layers
 from per_instance_accountant.opacus_adapter.loader import TrackedLoader, check_loader, track_loader
 from per_instance_accountant.opacus_adapter.optimizers import TRACKED, install
 from per_instance_accountant.opacus_adapter.recording import Recorder
+from per_instance_accountant.opacus_adapter.verifying import Verifier, Verify
 
 
 def attach(
@@ -48,6 +51,7 @@ def attach(
     plan_digest: str | None = None,
     projection_radius: float | None = None,
     filter: PrivacyFilter | None = None,
+    verify: Verify = "off",
 ) -> tuple[Tracker, TrackedLoader]:
     """Track a hand-built DPOptimizer: returns the tracker and the loader to iterate over from now on.
 
@@ -58,8 +62,10 @@ def attach(
     default WorstCase for a Poisson loader, Unamplified for any other. positions: (rows of the
     loader's dataset,) dataset positions in the run, needed when the loader is over a part of the
     run's data set. criterion: the loss that the sweeps of ``Sweep`` measure, default cross entropy.
-    filter: budgets that are enforced before every step. kind, plan_digest, projection_radius: see
-    :class:`~per_instance_accountant.ledger.records.Phase`; projecting is the caller's.
+    filter: budgets that are enforced before every step. verify: ``"first_step"`` or ``"every_step"`` compares
+    norms of some rows with what reverse differentiation of the loader's own rows and ``criterion`` gives, and
+    raises AlignmentError PIA090, for a loop that no count can check. kind, plan_digest, projection_radius:
+    see :class:`~per_instance_accountant.ledger.records.Phase`; projecting is the caller's.
 
     Raises UnsupportedError PIA060, GuaranteeError PIA010 for a rule that the loader's sampling does not
     support, UsageError for arguments that do not fit the data set, LedgerError PIA040 for another
@@ -88,7 +94,15 @@ def attach(
         sweep=check.prepare_sweep(setting.charging, module, optimizer, data_loader, criterion),
         loss_assumed=criterion is None,
     )
-    tracker = Tracker(optimizer=optimizer, module=core, recorder=recorder)
+    verifier = Verifier(
+        module=module,
+        core=core,
+        optimizer=optimizer,
+        criterion=criterion or torch.nn.CrossEntropyLoss(reduction=optimizer.loss_reduction),
+        how=check.check_verify(verify),
+        ghost=isinstance(module, check.GHOST_MODULES),
+    )
+    tracker = Tracker(optimizer=optimizer, module=core, recorder=recorder, verifier=verifier)
     loader = track_loader(data_loader, tracker)
     install(optimizer, tracker)
     if isinstance(module, check.GHOST_MODULES):
@@ -104,7 +118,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
     """Drop-in for :class:`opacus.PrivacyEngine` that also records every instance's part in every step.
 
     accountant, secure_mode: as in Opacus. ledger: directory of the ledger, or None to keep the facts in
-    memory. charging, ids, groups, assumptions, filter: see :func:`attach`.
+    memory. charging, ids, groups, assumptions, filter, verify: see :func:`attach`.
 
     >>> from torch.utils.data import DataLoader, TensorDataset
     >>> model, examples = torch.nn.Linear(2, 1), TensorDataset(torch.ones(8, 2), torch.ones(8, 1))
@@ -131,6 +145,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         groups: Mapping[str, ArrayLike] | None = None,
         assumptions: Mapping[str, Any] | None = None,
         filter: PrivacyFilter | None = None,
+        verify: Verify = "off",
     ) -> None:
         super().__init__(accountant=accountant, secure_mode=secure_mode)
         self._tracking: dict[str, Any] = {
@@ -140,6 +155,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             "groups": groups,
             "assumptions": assumptions,
             "filter": filter,
+            "verify": check.check_verify(verify),
         }
         self._tracker: Tracker | None = None
 
@@ -260,8 +276,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
         ``target_epsilon``, also where Opacus plans with another number of steps than its loader has. Raises
         GuaranteeError PIA010 without Poisson sampling, for which the noise would be calibrated.
         """
-        options, arguments = check.split_options(self.accountant, arguments)
-        noise = check.calibrate(
+        options, arguments = split_options(self.accountant, arguments)
+        noise = calibrate(
             data_loader,
             poisson=arguments.get("poisson_sampling", True),
             epochs=epochs,
@@ -298,7 +314,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         if isinstance(optimizer, torch.optim.Optimizer):
             check.check_untracked(optimizer)
         if isinstance(arguments.get("module"), torch.nn.Module):
-            check.check_layers(arguments["module"])
+            check_layers(arguments["module"])
 
     def save_checkpoint(self, *, checkpoint_dict: dict[str, Any] | None = None, **arguments: Any) -> None:
         """As in Opacus; the file also says where in the ledger the model stands.

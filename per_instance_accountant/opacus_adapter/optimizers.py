@@ -172,6 +172,9 @@ class TrackedAdaptiveOptimizer(TrackedOptimizer, AdaClipDPOptimizer):
     """
 
     clipping = "adaptive"
+    noise_multiplier: float
+    max_grad_norm: float
+    unclipped_num: float
 
     @property
     def query(self) -> CountQuery:

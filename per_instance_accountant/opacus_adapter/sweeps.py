@@ -59,7 +59,7 @@ def sweep_norms(
         _deterministic(core)
         device = parameters[0].device
         batches = DataLoader(dataset, batch_size=batch_size, collate_fn=collate)
-        parts = [_batch_norms(module, optimizer, criterion, _to_device(batch, device)) for batch in batches]
+        parts = [_batch_norms(module, optimizer, criterion, to_device(batch, device)) for batch in batches]
     norms = np.concatenate(parts)
     bad = int(np.count_nonzero(~np.isfinite(norms)))
     if bad:
@@ -108,11 +108,12 @@ def _deterministic(core: torch.nn.Module) -> None:
             layer.training = True
 
 
-def _to_device(batch: Any, device: torch.device) -> Any:
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on this device."""
     if isinstance(batch, (list, tuple)):
-        return [_to_device(item, device) for item in batch]
+        return [to_device(item, device) for item in batch]
     if isinstance(batch, Mapping):
-        return {name: _to_device(item, device) for name, item in batch.items()}
+        return {name: to_device(item, device) for name, item in batch.items()}
     return batch.to(device) if isinstance(batch, torch.Tensor) else batch
 
 

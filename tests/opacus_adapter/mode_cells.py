@@ -267,8 +267,8 @@ HEADER = """# Modes of Opacus, as tested
 Written by `WRITE_TABLES=1 pytest tests/opacus_adapter/test_adapter_modes.py` from the cells that passed; do
 not edit. A cell is two epochs of training. **exact**: every recorded step names the instances of the loader,
 and every contribution is within 1e-5, relative, of the clipped norm by `torch.func` in float64 (under
-autocast: of the clipped norm of the stored gradients). A code is the typed error with which the engine refuses
-before anything is released.
+autocast: of the clipped norm of the stored gradients). A code is the typed error with which the engine
+refuses before anything is released.
 
 """
 

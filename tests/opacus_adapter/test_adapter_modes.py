@@ -1,5 +1,5 @@
-"""Every way of training with Opacus is either recorded exactly or refused with a code; the table in the docs is
-made of the cells that pass here."""
+"""Every way of training with Opacus is either recorded exactly or refused with a code; the table in the docs
+is made of the cells that pass here."""
 
 from __future__ import annotations
 
