@@ -15,7 +15,7 @@ from torch import nn
 
 from per_instance_accountant.errors import CertificateError, PlanError, UnsupportedError, UsageError
 from per_instance_accountant.ledger import Anchor
-from per_instance_accountant.opacus_adapter.engine import CHECKPOINT_KEY
+from per_instance_accountant.opacus_adapter.checkpoints import CHECKPOINT_KEY
 
 _PROGRESS = "progress.pt"
 

@@ -11,7 +11,7 @@ import hashlib
 import math
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,11 @@ from tqdm.auto import tqdm
 
 from per_instance_accountant.accounting import FixedThresholds, WorstCase
 from per_instance_accountant.errors import PlanError, UnsupportedError
+from per_instance_accountant.finetuning.admission import (
+    refuse_criterion,
+    refuse_module,
+    same_contributions,
+)
 from per_instance_accountant.finetuning.files import (
     Progress,
     load_module,
@@ -38,9 +43,10 @@ from per_instance_accountant.finetuning.files import (
 )
 from per_instance_accountant.finetuning.retained import forget_thresholds, retained_positions
 from per_instance_accountant.ledger import Ledger, LedgerWriter
-from per_instance_accountant.ledger.records import Step, Thresholds
+from per_instance_accountant.ledger.records import Drop, Filter, Step, Thresholds
 from per_instance_accountant.opacus_adapter import attach
-from per_instance_accountant.unlearning import Certificate, UnlearningPlan, issue
+from per_instance_accountant.results.rounding import rounded_up
+from per_instance_accountant.unlearning import Certificate, UnlearningPlan, bound_of, issue
 
 SAVE_EVERY = 25
 
@@ -80,6 +86,7 @@ def run_plan(
     checkpoint: str | os.PathLike[str],
     output: str | os.PathLike[str],
     positions: ArrayLike | None = None,
+    frozen: Iterable[str] = (),
     seed: int | None = None,
     progress: bool = True,
 ) -> UnlearningRun:
@@ -89,18 +96,23 @@ def run_plan(
     model's architecture; its weights are read from ``checkpoint`` (a state dict, or a file of
     ``save_checkpoint``). dataset: the retained instances, as a ``torch.utils.data.Subset`` of the training
     set, or any dataset with ``positions`` (the training positions of its rows). criterion: the training
-    loss, with mean reduction. output: directory for the model (``model.pt``) and the certificate; a killed
-    run is continued from there. seed: makes batches and noise repeatable for tests and demonstrations;
-    whoever knows it can remove the noise, so leave it None for a certificate that is to be relied on.
+    loss, with mean reduction. frozen: names of the parameters that require no gradient because training did
+    not move them either; every other parameter must. output: directory for the model (``model.pt``) and the
+    certificate; a killed run is continued from there. seed: makes batches and noise repeatable for tests and
+    demonstrations; whoever knows it can remove the noise, so leave it None for a certificate that is to be
+    relied on.
 
     Same sampling rate, normaliser, noise, learning rate and weight decay as the last training phase; a plan
     with ``projection_radius`` projects the trainable parameters before each step.
 
     Raises PlanError PIA030 (unreachable plan), PIA033 (plan or checkpoint of another moment), PIA034 (the
-    data hold an instance that must be forgotten, or not all the others), UnsupportedError PIA060 (a
-    mechanism that was not Poisson-sampled plain SGD), LedgerError, CertificateError. Nothing is written
-    then.
+    data hold an instance that must be forgotten, or not all the others), UsageError PIA070 and PIA071 (a
+    module in evaluation mode, frozen parameters, another reduction), UnsupportedError PIA060 (a mechanism
+    that was not Poisson-sampled plain SGD, running statistics), LedgerError, CertificateError. Nothing is
+    written then.
     """
+    refuse_module(module, frozen)
+    refuse_criterion(criterion)
     plan = plan if isinstance(plan, UnlearningPlan) else UnlearningPlan.load(plan)
     steps = _planned_steps(plan)
     directory = Path(output)
@@ -169,17 +181,10 @@ def _take_all(job: _Job, ledger: Path, directory: Path, saved: Progress, progres
     recorded = Ledger.open(ledger).num_steps - job.plan.anchor.steps
     if saved.steps == recorded == job.steps > 0:
         return
-    bar = tqdm(
-        total=job.steps,
-        initial=saved.steps,
-        desc="unlearning",
-        unit="step",
-        disable=None if progress else True,
-    )
-    with closing(bar):
+    with closing(_Bar(job, ledger, saved.steps, shown=progress)) as bar:
         if saved.steps < recorded:
             again = _recorded_steps(ledger, job.plan.anchor.steps + saved.steps)
-            with LedgerWriter.create(None, Ledger.open(ledger).run) as memory:
+            with _beside(Ledger.open(ledger)) as memory:
                 for number in _take(job, memory, saved, recorded):
                     _refuse_difference(memory.ledger(), next(again), number)
                     bar.update()
@@ -195,6 +200,40 @@ def _take_all(job: _Job, ledger: Path, directory: Path, saved: Progress, progres
                         job.module,
                     )
     save_progress(directory, job.plan.digest, Progress(steps=job.steps, secret=saved.secret), job.module)
+
+
+class _Bar:
+    """Progress bar; from time to time it shows the bound after the steps so far."""
+
+    def __init__(self, job: _Job, ledger: Path, done: int, *, shown: bool) -> None:
+        self._every, self._done = max(1, job.steps // 10), done
+        self._bar = tqdm(
+            total=job.steps, initial=done, desc="unlearning", unit="step", disable=None if shown else True
+        )
+        self._bound = None if self._bar.disable else bound_of(job.plan, ledger)
+        self._show()
+
+    def update(self) -> None:
+        self._done += 1
+        self._bar.update()
+        if self._done % self._every == 0 or self._done == self._bar.total:
+            self._show()
+
+    def _show(self) -> None:
+        if self._bound is not None:
+            self._bar.set_postfix_str(f"epsilon <= {rounded_up(self._bound.value(self._done))}")
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def _beside(recorded: Ledger) -> LedgerWriter:
+    """A ledger in memory for steps that are repeated; whom a filter dropped stays dropped."""
+    writer = LedgerWriter.create(None, recorded.run)
+    for event in recorded.events():
+        if isinstance(event, Filter | Drop):
+            writer.append(event)
+    return writer
 
 
 def _take(
@@ -274,12 +313,13 @@ def _recorded_steps(ledger: Path, first: int) -> Iterator[Step]:
 
 
 def _refuse_difference(repeated: Ledger, recorded: Step, number: int) -> None:
-    """A repeated step must draw the recorded instances, else its noise is not the recorded release's
-    either."""
+    """A repeated step must draw and clip the recorded instances as they were, else it is another release
+    under the same noise."""
     last = None
     for event in repeated.events():
         last = event if isinstance(event, Step) else last
-    if last is None or not np.array_equal(last.positions, recorded.positions):
+    same = last is not None and np.array_equal(last.positions, recorded.positions)
+    if last is None or not same or not same_contributions(last.contributions, recorded.contributions):
         raise PlanError(
             "PIA033",
             f"unlearning step {number} cannot be repeated as it was recorded",

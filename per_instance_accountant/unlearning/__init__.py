@@ -10,7 +10,7 @@ from per_instance_accountant.unlearning.certificate import CONDITIONS, Certifica
 from per_instance_accountant.unlearning.everyone import EveryoneSteps, plan_everyone
 from per_instance_accountant.unlearning.issuing import issue
 from per_instance_accountant.unlearning.plan_file import InstanceSteps, UnlearningPlan
-from per_instance_accountant.unlearning.planner import geometric_grid, plan
+from per_instance_accountant.unlearning.planner import bound_of, geometric_grid, plan
 from per_instance_accountant.unlearning.repeating import plan_once, request_status
 from per_instance_accountant.unlearning.signing import generate_keys, save_envelope, sign
 from per_instance_accountant.unlearning.verification import Check, VerificationReport, verify
@@ -24,6 +24,7 @@ __all__ = [
     "InstanceSteps",
     "UnlearningPlan",
     "VerificationReport",
+    "bound_of",
     "bounds",
     "generate_keys",
     "geometric_grid",

@@ -134,7 +134,7 @@ def training_chain(
 
     charging: None for the rule of the run, or WorstCase() for the clip norm. Raises GuaranteeError PIA012
     when the thresholds are not certified, PIA011 when a recorded contribution or a drop contradicts them,
-    LedgerError for damage.
+    PIA117 for the part of one rank, LedgerError for damage.
     """
     return _read(ledger, positions, charging, first, stop).chain()
 
@@ -193,6 +193,7 @@ def _read(
     first: int,
     stop: int | None,
 ) -> _Reading:
+    ledger.require_whole()
     reading = _Reading(ledger.num_instances, np.asarray(positions, dtype=np.int64), charging)
     end = ledger.num_steps if stop is None else stop
     for event in _until(ledger.events(), end):

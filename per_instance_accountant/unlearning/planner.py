@@ -12,12 +12,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from per_instance_accountant.accounting import Basis, ChargingRule
+from per_instance_accountant.accounting import Basis, ChargingRule, FixedThresholds, WorstCase
 from per_instance_accountant.errors import PlanError
 from per_instance_accountant.ledger import Ledger
-from per_instance_accountant.unlearning.applicable import Facts, NotApplicable, applicable, contraction_of
+from per_instance_accountant.unlearning.applicable import (
+    ROWS,
+    Facts,
+    NotApplicable,
+    applicable,
+    contraction_of,
+)
 from per_instance_accountant.unlearning.assumptions import Assumptions
-from per_instance_accountant.unlearning.bounds.interface import MAX_STEPS, REFERENCE, Measure, require
+from per_instance_accountant.unlearning.bounds.interface import MAX_STEPS, REFERENCE, Bound, Measure, require
 from per_instance_accountant.unlearning.canonical import ACCOUNTING_VERSION, software_versions
 from per_instance_accountant.unlearning.chain import Mechanism, TrainingChain, training_chain
 from per_instance_accountant.unlearning.plan_file import InstanceSteps, UnlearningPlan
@@ -185,6 +191,27 @@ def solve(facts: Facts, question: Question) -> Answer:
         bound=bounds[best].name,
         refused=refused,
     )
+
+
+def bound_of(made: UnlearningPlan, ledger: Ledger | str | os.PathLike[str]) -> Bound:
+    """The bound that decided ``made``, as a function of the number of steps, computed again from ``ledger``.
+
+    Raises PlanError PIA033 when the ledger does not hold the moment of the plan, LedgerError.
+    """
+    ledger = Ledger.open(ledger)
+    row = next((row for row in ROWS if row.name == made.bound), None)
+    if row is None or not ledger.holds(made.anchor):
+        raise PlanError(
+            "PIA033",
+            "the plan was made for another ledger, or by a bound that is not known here",
+            "What its steps reach cannot be said",
+            "plan again: plan(ledger, ids=ids, ...)",
+        )
+    rules: dict[str, ChargingRule] = {rule.name: rule for rule in (WorstCase(), FixedThresholds())}
+    rule = None if made.charging is None else rules[made.charging]
+    chain = training_chain(ledger, ledger.positions_of(list(made.ids)), rule, stop=made.training_steps)
+    known = Assumptions.from_dict(made.assumptions)
+    return row.build(Facts(chain=chain, assumptions=known, measure=made.measure, mechanism=made.mechanism))
 
 
 def _per_instance(

@@ -6,6 +6,7 @@ import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ import torch
 from opacus.optimizers import DPOptimizer
 from torch import nn
 from torch.utils.data import Subset, TensorDataset
+from tqdm.auto import tqdm
 
-from per_instance_accountant import FixedThresholds, PrivacyEngine, account, plan, verify
+from per_instance_accountant import FixedThresholds, PrivacyEngine, PrivacyFilter, account, plan, verify
 from per_instance_accountant.errors import PiaError, PlanError, UnsupportedError, UsageError
 from per_instance_accountant.finetuning import (
     UnlearningRun,
@@ -27,8 +29,8 @@ from per_instance_accountant.finetuning import (
     secret_of,
 )
 from per_instance_accountant.ledger import Ledger
-from per_instance_accountant.ledger.records import Phase, Step, Thresholds
-from per_instance_accountant.unlearning import UnlearningPlan, issue, softmax_regression
+from per_instance_accountant.ledger.records import Drop, Phase, Step, Thresholds
+from per_instance_accountant.unlearning import UnlearningPlan, bound_of, issue, softmax_regression
 
 N, FEATURES, CLASSES = 60, 5, 3
 FORGET = [4, 17]
@@ -73,7 +75,12 @@ class Trained:
     def checkpoint(self) -> Path:
         return self.directory / "before.pt"
 
-    def train(self, steps: int = 60, thresholds_of_zero: list[int] | None = None) -> Trained:
+    def train(
+        self,
+        steps: int = 60,
+        thresholds_of_zero: list[int] | None = None,
+        budget: PrivacyFilter | None = None,
+    ) -> Trained:
         data, model = dataset(), linear()
         thresholds = np.sqrt(2) * data.tensors[0].norm(dim=1).numpy() * 1.01
         thresholds[thresholds_of_zero or []] = 0
@@ -84,6 +91,7 @@ class Trained:
             ledger=self.ledger,
             charging=FixedThresholds(thresholds=thresholds),
             assumptions=known.to_dict(),
+            filter=budget,
         )
         private, optimizer, loader = engine.make_private(
             module=model,
@@ -228,6 +236,33 @@ def test_a_killed_run_continues_without_losing_or_repeating_a_step(
     torch.testing.assert_close(run.module.weight, undisturbed.module.weight, rtol=0, atol=0)
 
 
+def test_a_killed_run_continues_without_those_whom_the_filter_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Repeated steps are taken beside the ledger, where nobody would be known to have left."""
+
+    def prepared(name: str) -> Trained:
+        (tmp_path / name).mkdir()
+        return Trained(tmp_path / name).train(budget=PrivacyFilter(budget=1.2, order=8))
+
+    trained, other = prepared("killed"), prepared("undisturbed")
+    gone = {
+        p for e in Ledger.open(trained.ledger).events() if isinstance(e, Drop) for p in e.positions.tolist()
+    }
+    assert 10 < len(gone) < N - 10
+    made = trained.plan()
+    with monkeypatch.context() as patched:
+        kill_before_noise(patched, 9)
+        with pytest.raises(Killed):
+            trained.run(made)
+    run = trained.run(made)
+    undisturbed = other.run(other.plan())
+    assert run.steps > 9 and verify(run.content, ledger=trained.ledger, checkpoint=run.checkpoint).valid
+    torch.testing.assert_close(run.module.weight, undisturbed.module.weight, rtol=0, atol=0)
+    drawn = [e for e in unlearn_steps(trained.ledger) if set(e.positions.tolist()) & gone]
+    assert drawn and all(e.contributions[np.isin(e.positions, list(gone))].max() == 0 for e in drawn)
+
+
 def test_an_interrupted_step_is_never_released_with_fresh_noise(
     trained: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,6 +328,14 @@ def refusals(trained: Trained, made: UnlearningPlan) -> dict[str, tuple[type[Pia
     misfit = trained.directory / "misfit.pt"
     torch.save(nn.Linear(2, 2).state_dict(), misfit)
     return {
+        "evaluation mode": (UsageError, {"module": linear().eval()}),
+        "running statistics": (
+            UnsupportedError,
+            {"module": nn.Sequential(linear(), nn.BatchNorm1d(CLASSES))},
+        ),
+        "frozen parameters": (UsageError, {"module": linear().requires_grad_(False)}),
+        "parameters that are not frozen": (UsageError, {"frozen": ["weight"]}),
+        "a summed loss": (UsageError, {"criterion": nn.CrossEntropyLoss(reduction="sum")}),
         "a forgotten row": (PlanError, {"dataset": Subset(dataset(), all_rows)}),
         "a missing row": (PlanError, {"dataset": Subset(dataset(), retained[1:])}),
         "a repeated row": (PlanError, {"dataset": Subset(dataset(), [*retained[1:], retained[1]])}),
@@ -306,6 +349,11 @@ def refusals(trained: Trained, made: UnlearningPlan) -> dict[str, tuple[type[Pia
 @pytest.mark.parametrize(
     "case",
     [
+        "evaluation mode",
+        "running statistics",
+        "frozen parameters",
+        "parameters that are not frozen",
+        "a summed loss",
         "a forgotten row",
         "a missing row",
         "a repeated row",
@@ -521,3 +569,39 @@ def test_the_checkpoint_of_another_run_is_refused(trained: Trained, tmp_path: Pa
         trained.run(made, checkpoint=tmp_path / "other.pt")
     assert Ledger.open(trained.ledger).digest == before
     assert trained.run(made, checkpoint=tmp_path / "right.pt").steps == made.steps
+
+
+def test_the_bar_shows_the_bound_after_the_steps_so_far(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = trained.plan()
+    monkeypatch.setattr(runner, "tqdm", lambda **given: tqdm(**(given | {"disable": False})))
+    shown: list[tuple[int, str]] = []
+    original = tqdm.set_postfix_str
+
+    def keep(bar: tqdm, text: str = "", refresh: bool = True) -> None:
+        shown.append((bar.n, text))
+        original(bar, text, refresh)
+
+    monkeypatch.setattr(tqdm, "set_postfix_str", keep)
+    bar = runner._Bar(SimpleNamespace(plan=made, steps=made.steps), trained.ledger, 0, shown=True)
+    for _ in range(made.steps or 0):
+        bar.update()
+    bar.close()
+    bound = bound_of(made, trained.ledger)
+    assert len(shown) >= 10 and shown[-1][0] == made.steps
+    for steps, text in shown:
+        stated = float(text.removeprefix("epsilon <= "))
+        assert bound.value(steps) <= stated <= bound.value(steps) * 1.002
+    assert bound.value(made.steps or 0) == made.value <= 0.05 < bound.value((made.steps or 0) - 1)
+
+
+def test_frozen_parameters_that_are_stated_are_left_alone() -> None:
+    from per_instance_accountant.finetuning.admission import refuse_module
+
+    module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    module[0].requires_grad_(False)
+    refuse_module(module, ["0.weight", "0.bias"])
+    for wrong in ([], ["0.weight"], ["0.weight", "0.bias", "1.bias"]):
+        with pytest.raises(UsageError, match="PIA070"):
+            refuse_module(module, wrong)

@@ -237,3 +237,16 @@ def test_public_updates_leave_what_needs_no_map():
     reasons = {row.bound: row.reason for row in after.not_applicable}
     assert all("public data" in reasons[name] for name in CONTRACTIVE)
     assert after.value > before.value
+
+
+def test_the_part_of_one_rank_plans_nothing():
+    run = Run(num_instances=N, assumptions=KNOWN, run_id="a" * 32, rank=1, world_size=2)
+    writer = LedgerWriter.create(None, run)
+    writer.append(phase())
+    writer.append(NOBODY)
+    for attempt in (plan, plan_everyone):
+        with pytest.raises(GuaranteeError, match="PIA117"):
+            attempt(
+                writer.ledger(),
+                **{"target_epsilon": 0.1, "order": 8} | ({"ids": [0]} if attempt is plan else {}),
+            )
