@@ -26,13 +26,14 @@ from per_instance_accountant.cli import demo_training as training
 from per_instance_accountant.cli.printing import SENSITIVE, Format, Page, Table, emit
 from per_instance_accountant.errors import UsageError
 from per_instance_accountant.finetuning import run_plan
-from per_instance_accountant.unlearning import UnlearningPlan, plan, verify
+from per_instance_accountant.unlearning import UnlearningPlan, plan, plan_everyone, verify
 
 DELTA = 1e-5
 ORDER, TARGET = 8.0, 0.1
 STEPS = 300
 ACCURACY_SEEDS = 4
 _OWN = ("convex", "network", "sgld", "unlearned", "plan.json", "certificate.json", "demo.json", "convex.pt")
+_PAGE = "report.html"
 
 
 def _prepare(output: Path) -> None:
@@ -45,7 +46,7 @@ def _prepare(output: Path) -> None:
             "pia demo --output another-directory",
         )
     output.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for name in _OWN:
+    for name in (*_OWN, _PAGE):
         path = output / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     # Marks the directory before the first artefact, so that an interrupted run can be repeated.
@@ -180,6 +181,7 @@ def _document(
             "ledger": str(output / "convex"),
             "network_ledger": str(output / "network"),
             "sgld_ledger": str(output / "sgld"),
+            "report": str(output / _PAGE),
             "plan": str(output / "plan.json"),
             "certificate": str(output / "certificate.json"),
             "checkpoint": str(convex["run"].checkpoint),
@@ -211,10 +213,17 @@ def _run(seed: int, directory: Path, output_format: Format) -> bool:
     network = _network(digits, seed, directory)
     sgld = _sgld(digits, seed, directory, list(convex["plan"].ids))
     convex["accuracy"] = _mean_accuracies(convex["accuracy"], digits, seed, list(convex["plan"].ids))
+    _write_page(convex["audit"], directory)
     document = _document(convex, network, sgld, directory)
     (directory / "demo.json").write_text(json.dumps(document, indent=2, default=float))
     emit(_page(document, convex, network), output_format)
     return bool(document["certificate"]["valid"])
+
+
+def _write_page(result: BudgetAudit, output: Path) -> None:
+    """The page of the convex run as it was before anybody was forgotten."""
+    everyone = plan_everyone(result.ledger or output / "convex", TARGET, order=ORDER)
+    result.report(output / _PAGE, everyone=everyone, title="Individual privacy budgets of the digits")
 
 
 def _rows(name: str, result: BudgetAudit) -> list[dict[str, Any]]:
@@ -252,6 +261,7 @@ def _page(document: dict[str, Any], convex: dict[str, Any], network: dict[str, A
         f"SGLD, full batch: worst case {rounded_up(sgld['epsilon_worst'])}, median "
         f"{rounded_up(sgld['epsilon_quantiles']['0.5'])} ({sgld['basis']}); the same request takes "
         f"{sgld['plan']['steps']} steps by {sgld['plan']['bound']}.",
+        f"Read the page, which opens offline in any browser: {artefacts['report']}",
         f"Audit it again: pia audit {artefacts['ledger']} --by digit",
         f"Check it again: pia verify {artefacts['certificate']} --ledger {artefacts['ledger']} "
         f"--checkpoint {artefacts['checkpoint']}",
