@@ -29,6 +29,7 @@ from per_instance_accountant.ledger.records import Run
 from per_instance_accountant.opacus_adapter.capture import Tracker
 from per_instance_accountant.opacus_adapter.layers import check_layers
 from per_instance_accountant.opacus_adapter.optimizers import TRACKED, TrackedOptimizer
+from per_instance_accountant.opacus_adapter.ranks import RankSampler
 from per_instance_accountant.opacus_adapter.recording import Setting
 from per_instance_accountant.opacus_adapter.sweeps import sweep_norms
 from per_instance_accountant.opacus_adapter.verifying import Verify
@@ -181,7 +182,7 @@ def choose_charging(charging: ChargingRule | None, poisson: bool) -> ChargingRul
 
 def is_poisson(loader: DataLoader[Any]) -> bool:
     """Whether every instance is drawn independently: a subclass of Opacus' sampler might do anything else."""
-    return type(loader.batch_sampler) is UniformWithReplacementSampler
+    return type(loader.batch_sampler) in (UniformWithReplacementSampler, RankSampler)
 
 
 def mode_of(module: Any) -> str:

@@ -31,6 +31,13 @@ from per_instance_accountant.opacus_adapter.ghost import install_ghost
 from per_instance_accountant.opacus_adapter.layers import check_layers
 from per_instance_accountant.opacus_adapter.loader import TrackedLoader, check_loader, track_loader
 from per_instance_accountant.opacus_adapter.optimizers import TRACKED, install
+from per_instance_accountant.opacus_adapter.rank_steps import (
+    agree_on_run,
+    join_ranks,
+    part_loader,
+    part_of_run,
+    prepare_sweep,
+)
 from per_instance_accountant.opacus_adapter.recording import Recorder
 from per_instance_accountant.opacus_adapter.verifying import Verifier, Verify
 
@@ -52,6 +59,7 @@ def attach(
     projection_radius: float | None = None,
     filter: PrivacyFilter | None = None,
     verify: Verify = "off",
+    rank_timeout: float = 600.0,
 ) -> tuple[Tracker, TrackedLoader]:
     """Track a hand-built DPOptimizer: returns the tracker and the loader to iterate over from now on.
 
@@ -62,10 +70,12 @@ def attach(
     default WorstCase for a Poisson loader, Unamplified for any other. positions: (rows of the
     loader's dataset,) dataset positions in the run, needed when the loader is over a part of the
     run's data set. criterion: the loss that the sweeps of ``Sweep`` measure, default cross entropy.
-    filter: budgets that are enforced before every step. verify: ``"first_step"`` or ``"every_step"`` compares
-    norms of some rows with what reverse differentiation of the loader's own rows and ``criterion`` gives, and
-    raises AlignmentError PIA090, for a loop that no count can check. kind, plan_digest, projection_radius:
-    see :class:`~per_instance_accountant.ledger.records.Phase`; projecting is the caller's.
+    filter: budgets that are enforced before every step. verify: ``"first_step"`` or ``"every_step"``
+    compares norms of some rows with what reverse differentiation of the loader's own rows and
+    ``criterion`` gives, and raises AlignmentError PIA090, for a loop that no count can check.
+    rank_timeout: seconds that one of several processes waits for the others (docs/several_processes.md).
+    kind, plan_digest, projection_radius: see
+    :class:`~per_instance_accountant.ledger.records.Phase`; projecting is the caller's.
 
     Raises UnsupportedError PIA060, GuaranteeError PIA010 for a rule that the loader's sampling does not
     support, UsageError for arguments that do not fit the data set, LedgerError PIA040 for another
@@ -73,11 +83,15 @@ def attach(
     """
     check.check_optimizer(optimizer)
     check.check_rule(TRACKED[type(optimizer)].clipping, charging)
-    check_loader(data_loader)
     module = check.find_module(optimizer) if module is None else module
     core = check.check_module(module, optimizer)
+    ranks = join_ranks(optimizer, module, rank_timeout)
+    data_loader = data_loader if ranks is None else part_loader(data_loader, ranks, module)
+    check_loader(data_loader)
     appended = ledger.run if isinstance(ledger, LedgerWriter) else None
     run = check.describe_run(data_loader, ids, groups, assumptions, appended)
+    if ranks is not None:
+        run, ledger = part_of_run(run, ranks, ledger)
     rows = len(data_loader.dataset)  # type: ignore[arg-type]
     mapping = check.check_positions(positions, rows, run.num_instances)
     setting = replace(
@@ -91,7 +105,7 @@ def attach(
         ledger=ledger,
         setting=setting,
         thresholds=check.fixed_thresholds(setting.charging, run.num_instances, recorded=appended is not None),
-        sweep=check.prepare_sweep(setting.charging, module, optimizer, data_loader, criterion),
+        sweep=prepare_sweep(ranks, setting.charging, module, optimizer, data_loader, criterion),
         loss_assumed=criterion is None,
     )
     verifier = Verifier(
@@ -102,6 +116,9 @@ def attach(
         how=check.check_verify(verify),
         ghost=isinstance(module, check.GHOST_MODULES),
     )
+    if ranks is not None:
+        agree_on_run(ranks, recorder)
+        optimizer.ranks = ranks
     tracker = Tracker(optimizer=optimizer, module=core, recorder=recorder, verifier=verifier)
     loader = track_loader(data_loader, tracker)
     install(optimizer, tracker)
@@ -118,7 +135,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
     """Drop-in for :class:`opacus.PrivacyEngine` that also records every instance's part in every step.
 
     accountant, secure_mode: as in Opacus. ledger: directory of the ledger, or None to keep the facts in
-    memory. charging, ids, groups, assumptions, filter, verify: see :func:`attach`.
+    memory. charging, ids, groups, assumptions, filter, verify, rank_timeout: see
+    :func:`attach`.
 
     >>> from torch.utils.data import DataLoader, TensorDataset
     >>> model, examples = torch.nn.Linear(2, 1), TensorDataset(torch.ones(8, 2), torch.ones(8, 1))
@@ -146,6 +164,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         assumptions: Mapping[str, Any] | None = None,
         filter: PrivacyFilter | None = None,
         verify: Verify = "off",
+        rank_timeout: float = 600.0,
     ) -> None:
         super().__init__(accountant=accountant, secure_mode=secure_mode)
         self._tracking: dict[str, Any] = {
@@ -155,6 +174,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             "groups": groups,
             "assumptions": assumptions,
             "filter": filter,
+            "rank_timeout": rank_timeout,
             "verify": check.check_verify(verify),
         }
         self._tracker: Tracker | None = None

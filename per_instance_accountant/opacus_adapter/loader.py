@@ -24,6 +24,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from per_instance_accountant.errors import AlignmentError, BudgetExceeded, UnsupportedError
+from per_instance_accountant.opacus_adapter.ranks import RankSampler
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -248,8 +249,8 @@ def check_loader(loader: DataLoader[Any]) -> None:
         reason = "the loader is tracked already"
     elif isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
         reason = "the loader has no positions: it is over an IterableDataset or has batch_size=None"
-    elif getattr(loader, "distributed", False):
-        reason = "the loader samples for several processes"
+    elif getattr(loader, "distributed", False) and type(loader.batch_sampler) is not RankSampler:
+        reason = "the loader samples for several processes, and leaves out empty draws"
     elif isinstance(collate, CollateFnWithEmpty) and collate.rand_on_empty:
         reason = "rand_on_empty=True puts an invented instance into an empty batch"
     if reason:
@@ -287,6 +288,16 @@ def track_loader(loader: DataLoader[Any], consumer: Consumer) -> TrackedLoader:
     return tracked
 
 
+def with_sampler(loader: DPDataLoader, sampler: Any) -> DPDataLoader:
+    """The same loader with another batch sampler."""
+    made = object.__new__(DPDataLoader)
+    DataLoader.__init__(
+        made, loader.dataset, batch_sampler=sampler, collate_fn=loader.collate_fn, **_settings(loader)
+    )
+    made.sample_rate, made.distributed = loader.sample_rate, loader.distributed
+    return made
+
+
 def split_loader(loader: TrackedLoader, limit: int, optimizer: DPOptimizer) -> TrackedLoader:
     """A tracked loader over physical batches of at most ``limit`` rows of the same logical batches.
 
@@ -310,6 +321,13 @@ def _split(loader: TrackedLoader, sampler: Any, limit: int) -> TrackedLoader:
             "the loader is split into physical batches already",
             "Two splits would hide where a logical batch ends",
             "one BatchMemoryManager(data_loader=loader, ...) around the returned loader",
+        )
+    if getattr(loader.batch_sampler, "whole", False):
+        raise UnsupportedError(
+            "PIA060",
+            "split batches with torch's DistributedDataParallel, which communicates in every backward pass",
+            "Ranks split their draws into different numbers of batches, so they would wait for ever",
+            "make_private(module=DPDDP(model), ...), Opacus' wrapper without that communication",
         )
     # Parts of one logical batch must arrive together.
     settings = {**_settings(loader), "in_order": True}

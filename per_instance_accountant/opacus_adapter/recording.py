@@ -31,6 +31,7 @@ from per_instance_accountant.ledger import (
 )
 from per_instance_accountant.opacus_adapter.budgets import adopt_budget, check_budget, not_admitted
 from per_instance_accountant.opacus_adapter.clipping import round_up
+from per_instance_accountant.opacus_adapter.ranks import refuse_part
 
 Norms = NDArray[np.float64]
 LOSS_FACTOR = 2.0
@@ -122,6 +123,8 @@ class Recorder:
                 "Positions would name other instances than the ones that were trained on",
                 "load the data set that the ledger was written for, in the same order",
             )
+        if (recorded.run.rank, recorded.run.world_size) != (self.run.rank, self.run.world_size):
+            refuse_part(recorded.run, self.run.rank, self.run.world_size)
         self.spending, self._running = adopt_budget(writer, self.setting.budget, self.mechanism()), None
         fixed, in_force = _recorded_thresholds(recorded)
         given = self.thresholds if self._sweep is None else None
@@ -314,7 +317,10 @@ class Recorder:
     def _inputs(self) -> tuple[Any, ...]:
         """All numbers of the optimizer that :meth:`mechanism` reads."""
         optimizer = self.optimizer
-        denominator = optimizer.expected_batch_size if optimizer.loss_reduction == "mean" else 1.0
+        denominator = 1.0
+        if optimizer.loss_reduction == "mean":
+            # Opacus states the expected batch of one process, and divides by their number as well.
+            denominator = optimizer.expected_batch_size * getattr(optimizer, "world_size", 1)
         numbers = (optimizer.noise_multiplier, optimizer.max_grad_norm, denominator)
         return (*map(float, numbers), *(_rule(group) for group in optimizer.param_groups))
 

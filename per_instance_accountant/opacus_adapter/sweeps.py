@@ -20,6 +20,7 @@ from per_instance_accountant.opacus_adapter.clipping import round_up
 from per_instance_accountant.opacus_adapter.ghost import ghost_norms
 from per_instance_accountant.opacus_adapter.loader import IndexedCollate, IndexedDataset
 from per_instance_accountant.opacus_adapter.optimizers import TrackedOptimizer
+from per_instance_accountant.opacus_adapter.ranks import inner_module
 
 _PARAMETER_STATE = ("grad", "grad_sample", "summed_grad", "_norm_sample", "_forward_counter")
 _MODULE_STATE = ("training", "activations", "max_batch_len")
@@ -46,7 +47,7 @@ def sweep_norms(
     dataset, collate = data_loader.dataset, data_loader.collate_fn
     dataset = dataset.inner if isinstance(dataset, IndexedDataset) else dataset
     collate = collate.inner if isinstance(collate, IndexedCollate) else collate
-    core = getattr(module, "_module", module)
+    core = inner_module(getattr(module, "_module", module))
     parameters = list(core.parameters())
     with ExitStack() as stack:
         stack.enter_context(_random_states(parameters))
@@ -84,7 +85,7 @@ def _batch_norms(
             "let the data set return (*inputs, target) or a dict, or use charging=WorstCase()",
         )
     parameters = optimizer.params
-    core = getattr(module, "_module", module)
+    core = inner_module(getattr(module, "_module", module))
     for p in core.parameters():
         p.grad = p.grad_sample = None
     # Only their wrapper can run expanded weights; the other modes are hooks on the module itself.
