@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from per_instance_accountant.errors import AlignmentError
+
 BLOCK = 256
 """Terms summed in float32 before the sum goes on in float64."""
 
@@ -97,6 +99,18 @@ def clip_factors(
     factors = np.where(factors > exact, np.nextafter(factors, np.float32(0)), factors)
     contributions = round_up(factors.astype(np.float64) * norms)
     return factors, np.minimum(contributions, round_up(np.asarray(limits)))
+
+
+def check_counts(counts: Sequence[int]) -> None:
+    """Raise AlignmentError PIA003 when layers disagree on how many instances the batch has."""
+    different = sorted(set(counts))
+    if len(different) > 1:
+        raise AlignmentError(
+            "PIA003",
+            f"layers have {' and '.join(map(str, different))} per-sample gradients for the same batch",
+            "Rows of different layers belong to different instances",
+            "keep the batch as first dimension of what every layer gets, e.g. (batch, tokens, width)",
+        )
 
 
 def layer_factors(

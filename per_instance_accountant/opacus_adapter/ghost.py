@@ -10,7 +10,7 @@ import torch
 from opacus.grad_sample.functorch import ft_compute_per_sample_gradient
 
 from per_instance_accountant.errors import AlignmentError, UnsupportedError
-from per_instance_accountant.opacus_adapter.clipping import NORM_SLACK, row_squares
+from per_instance_accountant.opacus_adapter.clipping import NORM_SLACK, check_counts, row_squares
 
 if TYPE_CHECKING:
     from per_instance_accountant.opacus_adapter.capture import Tracker
@@ -137,6 +137,7 @@ def ghost_norms(module: Any) -> torch.Tensor:
         )
     for p in module._module.parameters():
         p._norm_sample = None
+    check_counts([len(part) for part in parts])
     norms = torch.stack([part.to(parts[0].device, torch.float64) for part in parts]).norm(dim=0)
     module.per_sample_gradient_norms = norms.float()
     return norms * (1 + NORM_SLACK)

@@ -74,6 +74,7 @@ class IndexedItems:
 
     rows: list[int]
     items: list[Any]
+    source: Any = None
 
 
 def _rewrapped(*_: Any, **__: Any) -> Any:
@@ -125,7 +126,8 @@ class IndexedDataset(Dataset[Any]):
 
     def __getitems__(self, rows: list[int]) -> IndexedItems:
         fetch = getattr(self.inner, "__getitems__", None)
-        return IndexedItems(rows, fetch(rows) if fetch else [self.inner[row] for row in rows])
+        items = fetch(rows) if fetch and rows else [self.inner[row] for row in rows]
+        return IndexedItems(rows, items, self.inner)
 
 
 class IndexedCollate:
@@ -137,6 +139,11 @@ class IndexedCollate:
     def __call__(self, fetched: Any) -> Any:
         if not isinstance(fetched, IndexedItems):
             return self.inner(fetched)
+        if not fetched.rows and getattr(self.inner, "first_batch", ...) is None:
+            # Opacus learns the structure of an empty batch from the first one that has rows, in each worker
+            # anew; an empty first batch would come as something else.
+            with torch.random.fork_rng(devices=[]):
+                self.inner([fetched.source[0]])
         rows = np.array(fetched.rows, dtype=np.int64)
         return IndexedBatch(rows, getattr(fetched.rows, "part", None), self.inner(fetched.items))
 

@@ -21,7 +21,7 @@ from opacus.optimizers.optimizer import _generate_noise, _mark_as_processed
 
 from per_instance_accountant.errors import AlignmentError
 from per_instance_accountant.opacus_adapter.adaptive import CountQuery
-from per_instance_accountant.opacus_adapter.clipping import instance_norms, layer_factors
+from per_instance_accountant.opacus_adapter.clipping import check_counts, instance_norms, layer_factors
 
 if TYPE_CHECKING:
     from per_instance_accountant.opacus_adapter.capture import Tracker
@@ -90,6 +90,7 @@ class TrackedOptimizer(DPOptimizer):
                     "let every trainable layer take part, or layer.requires_grad_(False) before make_private",
                 )
         rows = [self._get_flat_grad_sample(p).to(p.dtype) for p in self.params]
+        check_counts([len(gradient) for gradient in rows])
         return rows if self.gradient_scale == 1 else [row * self.gradient_scale for row in rows]
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
