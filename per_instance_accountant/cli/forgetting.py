@@ -39,6 +39,10 @@ def unlearn(
     criterion: Annotated[
         str, typer.Option("--criterion", metavar="MODULE:ATTR", help="Training loss, mean reduction.")
     ] = "torch.nn:CrossEntropyLoss",
+    frozen: Annotated[
+        list[str] | None,
+        typer.Option("--frozen", metavar="NAME", help="Parameter that training did not move either; repeat."),
+    ] = None,
     output_format: FormatOption = Format.TABLE,
 ) -> None:
     """Run a plan and write the certificate. MODULE:ATTR is an object, or a class or function to call."""
@@ -54,6 +58,7 @@ def unlearn(
         criterion=load_reference(criterion, "--criterion"),
         checkpoint=checkpoint,
         output=output,
+        frozen=frozen or (),
         progress=True,
     )
     document = {"certificate": str(run.certificate), "model": str(run.checkpoint), "steps": run.steps}

@@ -6,7 +6,7 @@ from per_instance_accountant.unlearning.assumptions import (
     logistic_regression,
     softmax_regression,
 )
-from per_instance_accountant.unlearning.certificate import CONDITIONS, Certificate
+from per_instance_accountant.unlearning.certificate import CONDITIONS, Certificate, certificate_schema
 from per_instance_accountant.unlearning.everyone import EveryoneSteps, plan_everyone
 from per_instance_accountant.unlearning.issuing import issue
 from per_instance_accountant.unlearning.plan_file import InstanceSteps, UnlearningPlan
@@ -26,6 +26,7 @@ __all__ = [
     "VerificationReport",
     "bound_of",
     "bounds",
+    "certificate_schema",
     "generate_keys",
     "geometric_grid",
     "issue",

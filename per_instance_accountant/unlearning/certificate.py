@@ -194,6 +194,20 @@ class Certificate:
         write_private(path, canonical(self.to_dict()))
 
 
+def certificate_schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of a certificate file, for readers that do not use this package.
+
+    >>> certificate_schema()["required"]
+    ['_type', 'subject', 'predicateType', 'predicate', 'digest', 'seal']
+    """
+    schema = Statement.model_json_schema(by_alias=True)
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": f"{PREDICATE_TYPE}/certificate.schema.json",
+        **schema,
+    }
+
+
 def predicate_digest(predicate: Predicate) -> str:
     """``"sha256:<hex>"`` over the canonical predicate."""
     return digest_of(predicate.model_dump(mode="json"))
