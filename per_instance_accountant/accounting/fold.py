@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from per_instance_accountant.accounting.chords import CHUNK, ChordTables, clip_ratio, finished
+from per_instance_accountant.accounting.disclosures import disclosure_rdp
 from per_instance_accountant.accounting.levels import Span
 from per_instance_accountant.accounting.loss import IndividualLoss
 from per_instance_accountant.accounting.rules import (
@@ -35,6 +36,7 @@ from per_instance_accountant.divergence import DEFAULT_ORDERS, sampled_gaussian_
 from per_instance_accountant.errors import GuaranteeError, UsageError
 from per_instance_accountant.ledger import Ledger
 from per_instance_accountant.ledger.records import (
+    Disclosure,
     Drop,
     Event,
     Filter,
@@ -118,7 +120,7 @@ class _Fold:
         self.step += 1
 
     def _take_filter(self, event: Filter) -> None:
-        """A budget charges nobody; :func:`certified_budget` says what it promises."""
+        """:func:`certified_budget` says what it promises."""
 
     def _take_drop(self, event: Drop) -> None:
         """Dropped instances owe nothing more. When they leave follows from the bounds of the run's own rule,
@@ -134,12 +136,15 @@ class _Fold:
         # A span holds one ratio per instance.
         self.spans = None
 
-    def _take_resume(self, resume: Resume) -> None:
-        """Steps of an abandoned branch stay charged; the ledger has what binds the new one stated
-        again."""
+    def _take_resume(self, event: Resume | PublicStep) -> None:
+        """Steps of an abandoned branch stay charged, the ledger has what binds the new one stated
+        again, and steps on public data are nobody's."""
 
-    def _take_public(self, event: PublicStep) -> None:
-        """No instance took part, so nobody owes anything."""
+    def _take_disclosure(self, event: Disclosure) -> None:
+        """Charged to everybody; the sum has no law of a Gaussian."""
+        self.rdp += (cost := disclosure_rdp(event.epsilon, self.orders))
+        self.worst += cost
+        self.squared_mu = self.spans = self.worst_spans = None
 
     @property
     def rule(self) -> str:
@@ -249,7 +254,8 @@ _TAKE: dict[type[Event], Callable[[_Fold, Any], None]] = {
     Thresholds: _Fold._take_thresholds,
     Step: _Fold._take_step,
     Resume: _Fold._take_resume,
-    PublicStep: _Fold._take_public,
+    PublicStep: _Fold._take_resume,
+    Disclosure: _Fold._take_disclosure,
     Filter: _Fold._take_filter,
     Drop: _Fold._take_drop,
 }

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from per_instance_accountant.accounting.chords import clip_ratio
+from per_instance_accountant.accounting.disclosures import disclosure_rdp
 from per_instance_accountant.accounting.loss import IndividualLoss
 from per_instance_accountant.accounting.rules import Basis, FixedThresholds, Sweep, Unamplified, WorstCase
 from per_instance_accountant.divergence import (
@@ -20,6 +21,7 @@ from per_instance_accountant.divergence import (
 from per_instance_accountant.errors import GuaranteeError, UnsupportedError, UsageError
 from per_instance_accountant.ledger import Ledger
 from per_instance_accountant.ledger.records import (
+    Disclosure,
     Drop,
     Event,
     Filter,
@@ -74,6 +76,7 @@ def account_groups(
     [[2.0], [0.5]]
     """
     ledger = Ledger.open(ledger)
+    ledger.require_whole()
     if direction not in _FORMULAS:
         _refuse("PIA070", f"direction={direction!r}", 'account_groups(ledger, "person", direction="both")')
     labels, which = _membership(ledger, groups)
@@ -190,6 +193,12 @@ class _GroupFold:
                 "train again with the loader and the optimizer returned by make_private",
             )
 
+    def take_disclosure(self, event: Disclosure) -> None:
+        """Pure differential privacy for one instance is that of k times its epsilon for k of them."""
+        cost = disclosure_rdp(event.epsilon * self.sizes[:, None], self.orders)
+        self.worst += cost
+        self._add(cost, None)
+
     def take_nothing(self, event: Filter | Resume | PublicStep) -> None:
         """Budgets charge nobody, and abandoned steps stay charged."""
 
@@ -252,4 +261,5 @@ _TAKE: dict[type[Event], Callable[[_GroupFold, Any], None]] = {
     Filter: _GroupFold.take_nothing,
     Resume: _GroupFold.take_nothing,
     PublicStep: _GroupFold.take_nothing,
+    Disclosure: _GroupFold.take_disclosure,
 }

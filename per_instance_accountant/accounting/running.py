@@ -10,10 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from per_instance_accountant.accounting.chords import clip_ratio
+from per_instance_accountant.accounting.disclosures import disclosure_rdp
 from per_instance_accountant.accounting.odometer import Odometer
 from per_instance_accountant.divergence import DEFAULT_ORDERS, rdp_to_epsilon, sampled_gaussian_rdp
 from per_instance_accountant.ledger import Ledger
 from per_instance_accountant.ledger.records import (
+    Disclosure,
     Drop,
     Event,
     Filter,
@@ -177,6 +179,12 @@ class RunningLoss:
         ratio = repeats * clip_ratio(phase)
         return np.asarray(sampled_gaussian_rdp(phase.amplification_rate, [ratio], self.orders)[0])
 
+    def _take_disclosure(self, event: Disclosure) -> None:
+        cost = disclosure_rdp(event.epsilon, self.orders)
+        self._worst = self._worst + cost
+        earlier = np.zeros((len(self._out), len(self.orders))) if self._settled is None else self._settled
+        self._settled = earlier + cost
+
     def _take_nothing(self, event: Filter | Resume | PublicStep) -> None:
         """Budgets and public data charge nobody, and abandoned steps stay charged."""
 
@@ -194,4 +202,5 @@ _TAKE: dict[type[Event], Callable[[RunningLoss, Any], None]] = {
     Filter: RunningLoss._take_nothing,
     Resume: RunningLoss._take_nothing,
     PublicStep: RunningLoss._take_nothing,
+    Disclosure: RunningLoss._take_disclosure,
 }

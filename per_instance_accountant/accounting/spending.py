@@ -15,11 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from per_instance_accountant.accounting.chords import CHUNK, ChordTables, clip_ratio, finished
+from per_instance_accountant.accounting.disclosures import disclosure_rdp
 from per_instance_accountant.accounting.filter import check_filterable
 from per_instance_accountant.divergence import gaussian_epsilon, rdp_to_epsilon, sampled_gaussian_rdp
 from per_instance_accountant.errors import GuaranteeError
 from per_instance_accountant.ledger import Ledger
 from per_instance_accountant.ledger.records import (
+    Disclosure,
     Drop,
     Event,
     Filter,
@@ -63,6 +65,8 @@ class Spending:
         self.orders, self.which = np.unique(budgets.orders, return_inverse=True)
         self.phase: Phase | None = None
         self.unfiltered: dict[Phase, int] = {}
+        self.disclosed: list[float] = []
+        """Epsilons at which statistics were published: beside the budgets, as unlearning is."""
         self.contradicted = False
         """Whether a recorded contribution lies above the bound that it was charged at, or a mechanism
         has none."""
@@ -161,6 +165,9 @@ class Spending:
     def _take_resume(self, event: Resume) -> None:
         """Steps of an abandoned branch stay charged, and whoever was dropped stays dropped."""
 
+    def _take_disclosure(self, event: Disclosure) -> None:
+        self.disclosed.append(event.epsilon)
+
     def _take_public(self, event: PublicStep) -> None:
         """No instance took part."""
 
@@ -226,6 +233,7 @@ _TAKE: dict[type[Event], Callable[[Spending, Any], None]] = {
     Step: Spending._take_step,
     Resume: Spending._take_resume,
     PublicStep: Spending._take_public,
+    Disclosure: Spending._take_disclosure,
     Filter: Spending._take_filter,
     Drop: Spending._take_drop,
 }
@@ -238,7 +246,7 @@ class CertifiedBudget:
     sqrt(budgets[i]) as well.
 
     orders, budgets: (N,), the budgets with the unfiltered steps of unlearning phases on top, at the clip
-    norm.
+    norm, and with published statistics.
     """
 
     family: str
@@ -282,6 +290,11 @@ def promised_by(spending: Spending) -> CertifiedBudget | None:
     if not spending.kept():
         return None
     budgets = spending.filter.budgets.copy()
+    if spending.disclosed and spending.filter.family == "gaussian":
+        # No Gaussian bounds the sum of a Gaussian mechanism and one that is not.
+        return None
+    for epsilon in spending.disclosed:
+        budgets += disclosure_rdp(epsilon, spending.filter.orders) * _SLACK
     for phase, steps in spending.unfiltered.items():
         if spending.filter.family == "gaussian":
             budgets += steps * clip_ratio(phase) ** 2 * _SLACK

@@ -5,6 +5,7 @@ from per_instance_accountant.ledger.merged import Merge
 from per_instance_accountant.ledger.merging import merge_parts
 from per_instance_accountant.ledger.reader import Anchor, Ledger
 from per_instance_accountant.ledger.records import (
+    Disclosure,
     Drop,
     Event,
     Filter,
@@ -20,6 +21,7 @@ from per_instance_accountant.ledger.writer import LedgerWriter
 
 __all__ = [
     "Anchor",
+    "Disclosure",
     "Drop",
     "Event",
     "Filter",

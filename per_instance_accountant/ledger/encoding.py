@@ -20,6 +20,7 @@ from per_instance_accountant.errors import UsageError
 from per_instance_accountant.ledger import frames
 from per_instance_accountant.ledger.records import (
     FAMILIES,
+    Disclosure,
     Drop,
     Event,
     Filter,
@@ -66,6 +67,7 @@ def payload_limit(kind: int, num_instances: int) -> int:
         frames.PHASE: MAX_METADATA,
         frames.RESUME: MAX_METADATA,
         frames.PUBLIC: MAX_METADATA,
+        frames.DISCLOSURE: MAX_METADATA,
         frames.MERGE: MAX_MERGE,
         frames.MARK: 0,
         frames.THRESHOLDS: _U32.size + 4 * num_instances,
@@ -147,6 +149,17 @@ def _decode_public(payload: bytes, num_instances: int) -> PublicStep:
     return PublicStep(**_strict_json(payload, {"count"}))
 
 
+def _encode_disclosure(event: Disclosure, num_instances: int) -> bytes:
+    return canonical_json(asdict(event), "Disclosure", MAX_METADATA)
+
+
+def _decode_disclosure(payload: bytes, num_instances: int) -> Disclosure:
+    content = _strict_json(payload, {"kind", "epsilon"})
+    if type(content["epsilon"]) not in (int, float):
+        raise TypeError("a field of a disclosure has another type")
+    return Disclosure(kind=content["kind"], epsilon=float(content["epsilon"]))
+
+
 def _encode_filter(event: Filter, num_instances: int) -> bytes:
     columns = event.orders.astype("<f8", copy=False).tobytes() + event.budgets.astype("<f8").tobytes()
     return _U32.pack(FAMILIES.index(event.family)) + columns
@@ -175,6 +188,7 @@ _ENCODERS: Final[dict[type, tuple[int, Any]]] = {
     Thresholds: (frames.THRESHOLDS, _encode_thresholds),
     Step: (frames.STEP, _encode_step),
     PublicStep: (frames.PUBLIC, _encode_public),
+    Disclosure: (frames.DISCLOSURE, _encode_disclosure),
     Resume: (frames.RESUME, _encode_resume),
     Filter: (frames.FILTER, _encode_filter),
     Drop: (frames.DROP, _encode_drop),
@@ -184,6 +198,7 @@ _DECODERS: Final[dict[int, Any]] = {
     frames.THRESHOLDS: _decode_thresholds,
     frames.STEP: _decode_step,
     frames.PUBLIC: _decode_public,
+    frames.DISCLOSURE: _decode_disclosure,
     frames.RESUME: _decode_resume,
     frames.FILTER: _decode_filter,
     frames.DROP: _decode_drop,

@@ -19,7 +19,7 @@ from per_instance_accountant.errors import LedgerError
 MAGIC: Final = b"PIAL"
 VERSION: Final = 1
 """The one format version that this package writes and reads."""
-RUN, PHASE, THRESHOLDS, STEP, RESUME, MARK, FILTER, DROP, PUBLIC, MERGE = range(1, 11)
+RUN, PHASE, THRESHOLDS, STEP, RESUME, MARK, FILTER, DROP, PUBLIC, MERGE, DISCLOSURE = range(1, 12)
 GENESIS: Final = bytes(32)
 
 _FIELDS: Final = struct.Struct("<4sHHIQ")

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from per_instance_accountant.errors import LedgerError, UsageError
 from per_instance_accountant.ledger.records import (
+    Disclosure,
     Drop,
     Event,
     Filter,
@@ -86,12 +87,15 @@ class Progress:
         """The last step has been released."""
         self.pending = False
 
-    def _accept_any(self, event: Phase) -> None:
-        """A mechanism may change at any time."""
+    def _accept_any(self, event: Phase | Disclosure) -> None:
+        """A mechanism may change, and a statistic be published, at any time."""
 
     def _apply_phase(self, phase: Phase) -> None:
         self.phases.append(phase)
         self._phase_at, self._phase_stale, self.pending = self.num_steps, False, False
+
+    def _apply_disclosure(self, event: Disclosure) -> None:
+        self.pending = False
 
     def _check_thresholds(self, event: Thresholds) -> None:
         if event.values.size != self.num_instances:
@@ -265,6 +269,7 @@ _RULES: Final[dict[type, tuple[Any, Any]]] = {
     Phase: (Progress._accept_any, Progress._apply_phase),
     Thresholds: (Progress._check_thresholds, Progress._apply_thresholds),
     Step: (Progress._check_step, Progress._apply_step),
+    Disclosure: (Progress._accept_any, Progress._apply_disclosure),
     PublicStep: (Progress._check_public, Progress._apply_public),
     Resume: (Progress._check_resume, Progress._apply_resume),
     Filter: (Progress._check_filter, Progress._apply_filter),

@@ -16,6 +16,7 @@ from per_instance_accountant.errors import UsageError
 SAMPLING = ("poisson", "shuffled")
 """How batches were drawn. Only ``"poisson"`` gives amplification; ``sample_rate=1`` is full batch."""
 KINDS = ("train", "unlearn")
+DISCLOSED = ("histogram", "quantiles")
 FAMILIES = ("renyi", "gaussian")
 """What a filter adds up: one step's Renyi divergence at an order, or its squared sensitivity ratio."""
 RULES = ("worst_case", "fixed_thresholds", "sweep", "unamplified", "last_seen")
@@ -170,6 +171,23 @@ class PublicStep:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Disclosure:
+    """A statistic of individual values was published by an ``epsilon``-differentially private mechanism.
+    Recorded BEFORE its noise is drawn, and charged to every instance.
+
+    kind: ``"histogram"`` or ``"quantiles"``. epsilon: whatever becomes of one instance's row.
+    """
+
+    kind: str
+    epsilon: float
+
+    def __post_init__(self) -> None:
+        _require(self.kind in DISCLOSED, "kind", self.kind, str(DISCLOSED))
+        sound = type(self.epsilon) is float and 0 < self.epsilon < math.inf
+        _require(sound, "epsilon", self.epsilon, "(0, inf)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Filter:
     """Stated before the first step: an instance leaves before the training step that would exceed its budget.
 
@@ -210,4 +228,4 @@ class Resume:
     at_step: int
 
 
-Event = Phase | Thresholds | Step | PublicStep | Resume | Filter | Drop
+Event = Phase | Thresholds | Step | PublicStep | Disclosure | Resume | Filter | Drop
