@@ -13,6 +13,7 @@ from opacus.optimizers import DPOptimizer
 
 from per_instance_accountant.errors import AlignmentError, GuaranteeError, UnsupportedError
 from per_instance_accountant.ledger import Ledger
+from per_instance_accountant.opacus_adapter.checkpoints import NoiseSessions
 from per_instance_accountant.opacus_adapter.clipping import clip_factors
 from per_instance_accountant.opacus_adapter.layers import check_statistics, normalising_layers
 from per_instance_accountant.opacus_adapter.loader import Delivery
@@ -37,6 +38,7 @@ class Tracker:
     ) -> None:
         self.optimizer, self.module, self.recorder = optimizer, module, recorder
         self.verifier, self._normalising = verifier, normalising_layers(module)
+        self.sessions = NoiseSessions()
         self._hook = optimizer.step_hook
         self._check_rate(self._hook)
         self._loops = 0

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from opacus.optimizers import DPOptimizer
 
-from per_instance_accountant.errors import LedgerError, UnsupportedError
+from per_instance_accountant.errors import GuaranteeError, LedgerError, UnsupportedError
 from per_instance_accountant.ledger import Anchor
 
 CHECKPOINT_KEY = "per_instance_accountant"
@@ -41,3 +43,53 @@ def read_anchor(checkpoint: Mapping[str, Any]) -> Anchor:
             "engine.save_checkpoint(path=..., module=model) of this package's PrivacyEngine",
         )
     return Anchor.from_dict(position["anchor"])
+
+
+class NoiseSessions:
+    """Where the noise of each session of a run began, so that no later one begins there again.
+
+    A script that seeds torch and is started again from a checkpoint draws the noise of its first steps a
+    second time. The difference of two releases with the same noise is the difference of their clipped sums,
+    without any noise.
+    """
+
+    def __init__(self) -> None:
+        self._earlier: set[str] = set()
+        self._began = False
+
+    def check(self, optimizer: DPOptimizer) -> None:
+        """Before the first noise of a session. Raises GuaranteeError PIA091; nothing was released then."""
+        # Of several processes the first draws the noise.
+        quiet = not optimizer.noise_multiplier or optimizer.secure_mode or getattr(optimizer, "rank", 0)
+        if self._began or quiet:
+            return
+        digest = _state_digest(optimizer)
+        if digest in self._earlier:
+            raise GuaranteeError(
+                "PIA091",
+                "the random state is the one that an earlier session of this run drew its first noise from",
+                "The same noise twice cancels in the difference of two releases, which then has none",
+                "torch.seed() before the loop, or make_private(noise_generator=...) with a new seed",
+            )
+        self._earlier.add(digest)
+        self._began = True
+
+    def state(self) -> list[str]:
+        """For a checkpoint."""
+        return sorted(self._earlier)
+
+    def resume(self, state: Sequence[str]) -> None:
+        """A new session begins, after those of a checkpoint."""
+        self._earlier |= set(state)
+        self._began = False
+
+
+def _state_digest(optimizer: DPOptimizer) -> str:
+    device = optimizer.params[0].device
+    if optimizer.generator is not None:
+        state = optimizer.generator.get_state()
+    elif device.type == "cuda":
+        state = torch.cuda.get_rng_state(device)
+    else:
+        state = torch.get_rng_state()
+    return hashlib.sha256(state.cpu().numpy().tobytes()).hexdigest()

@@ -343,7 +343,12 @@ class PrivacyEngine(opacus.PrivacyEngine):
         written.
         """
         self.tracker.check_boundary()
-        position = {"version": 1, "anchor": self.tracker.recorder.writer.anchor.to_dict()}
+        position = {
+            "version": 1,
+            "anchor": self.tracker.recorder.writer.anchor.to_dict(),
+            "noise": self.tracker.sessions.state(),
+            "max_grad_norm": float(self.tracker.optimizer.max_grad_norm),
+        }
         super().save_checkpoint(
             checkpoint_dict={**(checkpoint_dict or {}), CHECKPOINT_KEY: position}, **arguments
         )
@@ -354,9 +359,10 @@ class PrivacyEngine(opacus.PrivacyEngine):
         """As in Opacus, but never runs code from the file, and continues the ledger where the checkpoint
         was taken.
 
-        Steps that the ledger holds beyond the checkpoint stay charged. Raises LedgerError PIA040 when
-        ledger and checkpoint do not belong together, before model or optimizer change; UnsupportedError
-        PIA060 for a file that only pickle could load.
+        Steps that the ledger holds beyond the checkpoint stay charged. The first step after it raises
+        GuaranteeError PIA091 if it would draw the noise of an earlier session again. Raises LedgerError
+        PIA040 when ledger and checkpoint do not belong together, before model or optimizer change;
+        UnsupportedError PIA060 for a file that only pickle could load.
         """
         checkpoint = load_plain(path, torch_load_kwargs or {})
         anchor = read_anchor(checkpoint)
@@ -366,4 +372,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         buffer.seek(0)
-        return super().load_checkpoint(path=buffer, **arguments)
+        loaded = super().load_checkpoint(path=buffer, **arguments)
+        self.tracker.optimizer.continue_from(checkpoint[CHECKPOINT_KEY])
+        self.tracker.sessions.resume(checkpoint[CHECKPOINT_KEY].get("noise", []))
+        return loaded

@@ -4,7 +4,7 @@ of clipping."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -102,6 +102,7 @@ class TrackedOptimizer(DPOptimizer):
         if self._check_skip_next_step():
             self._is_last_step_skipped = True
             return False
+        self.tracker.sessions.check(self)
         self.tracker.record()
         self.add_noise()
         self.scale_grad()
@@ -110,6 +111,9 @@ class TrackedOptimizer(DPOptimizer):
         self.tracker.released()
         self._is_last_step_skipped = False
         return True
+
+    def continue_from(self, position: Mapping[str, Any]) -> None:
+        """Take over what a checkpoint says about the state of the clipping: nothing where it has none."""
 
     def forget(self) -> None:
         """Drop what was accumulated and not released."""
@@ -227,6 +231,9 @@ class TrackedAdaptiveOptimizer(TrackedOptimizer, AdaClipDPOptimizer):
         rate = self.clipbound_learning_rate * (fraction - self.target_unclipped_quantile)
         moved = float(self.max_grad_norm) * float(np.exp(np.clip(-rate, -700, 700)))
         self.max_grad_norm = min(max(moved, self.min_clipbound), self.max_clipbound)
+
+    def continue_from(self, position: Mapping[str, Any]) -> None:
+        self.max_grad_norm = float(position.get("max_grad_norm", self.max_grad_norm))
 
     def forget(self) -> None:
         super().forget()

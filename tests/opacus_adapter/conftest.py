@@ -149,11 +149,12 @@ def start() -> Callable[..., Training]:
         max_grad_norm: float = 0.8,
         reduction: str = "mean",
         lr: float = 0.05,
+        seed: int = 1,
         loader: dict[str, Any] | None = None,
         optimizer: Any = None,
         **arguments: Any,
     ) -> Training:
-        torch.manual_seed(1)
+        torch.manual_seed(seed)
         engine = engine or PrivacyEngine(accountant="rdp")
         module, dataset = module or perceptron(), dataset or examples()
         optimizer = optimizer or torch.optim.SGD(module.parameters(), lr=lr)
