@@ -28,6 +28,7 @@ GROUPS = (
     "forgetting",
     "certifying",
     "merging",
+    "checking",
 )
 """Modules of this package, in the order of ``pia --help``; each names its functions in ``COMMANDS``. To add
 a command, write its module beside this one and name it here."""
