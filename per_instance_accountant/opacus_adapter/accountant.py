@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import opacus.privacy_engine
 from numpy.typing import ArrayLike
-from opacus.accountants import IAccountant, register_accountant
+from opacus import accountants
+from opacus.accountants import IAccountant
 
 from per_instance_accountant.divergence import DEFAULT_ORDERS, rdp_to_epsilon, sampled_gaussian_rdp
 from per_instance_accountant.errors import UsageError
@@ -107,4 +109,18 @@ def _refuse(name: str, value: object) -> None:
     )
 
 
-register_accountant(NAME, PerInstanceAccountant, force=True)
+def _register() -> None:
+    if hasattr(accountants, "register_accountant"):
+        accountants.register_accountant(NAME, PerInstanceAccountant, force=True)
+        return
+    # Opacus before 1.6 has no registry: the one function that knows the names is asked for one more.
+    stock: Callable[[str], IAccountant] = accountants.create_accountant
+
+    def create_accountant(mechanism: str) -> IAccountant:
+        return PerInstanceAccountant() if mechanism == NAME else stock(mechanism)
+
+    for module in (accountants, accountants.utils, opacus.privacy_engine):
+        module.create_accountant = create_accountant
+
+
+_register()

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from opacus.data_loader import CollateFnWithEmpty, DPDataLoader
+from opacus.data_loader import DPDataLoader
 from opacus.optimizers import DPOptimizer
 from opacus.utils import batch_memory_manager
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
@@ -258,7 +258,7 @@ def check_loader(loader: DataLoader[Any]) -> None:
         reason = "the loader has no positions: it is over an IterableDataset or has batch_size=None"
     elif getattr(loader, "distributed", False) and type(loader.batch_sampler) is not RankSampler:
         reason = "the loader samples for several processes, and leaves out empty draws"
-    elif isinstance(collate, CollateFnWithEmpty) and collate.rand_on_empty:
+    elif getattr(collate, "rand_on_empty", False):
         reason = "rand_on_empty=True puts an invented instance into an empty batch"
     if reason:
         raise UnsupportedError(
