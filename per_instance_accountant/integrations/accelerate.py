@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from per_instance_accountant.errors import UsageError
-from per_instance_accountant.integrations.desk import refuse, require, stand_in
+from per_instance_accountant.integrations.desk import own_randomness, refuse, require, stand_in
 from per_instance_accountant.opacus_adapter import PrivacyEngine, Tracker
 from per_instance_accountant.opacus_adapter.loader import TrackedLoader, relay, split_evenly
 
@@ -57,6 +57,7 @@ def prepare(
         refuse("mixed_precision='fp16', which scales losses", "Accelerator(mixed_precision='no')")
     if tracker.recorder.setting.grad_sample_mode == "ghost":
         refuse("ghost clipping with accelerator.backward", "make_private(grad_sample_mode='hooks')")
+    own_randomness(optimizer, data_loader)
     parts = accelerator.gradient_accumulation_steps
     empty = send_to_device(stand_in(data_loader, optimizer), accelerator.device)
     split = split_evenly(data_loader, parts)

@@ -3,12 +3,15 @@ keeps."""
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any, NoReturn
 
+import torch
 from opacus.optimizers import DPOptimizer
+from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 
 from per_instance_accountant.errors import (
     AlignmentError,
@@ -78,6 +81,20 @@ def stand_in(loader: TrackedLoader, optimizer: Any) -> Any:
     return inner([loader.dataset[0]])
 
 
+def own_randomness(optimizer: Any, loader: TrackedLoader) -> None:
+    """Give noise and draws generators of their own, with fresh seeds.
+
+    Frameworks put torch's random state back when they resume. The noise of the steps after the checkpoint
+    would be drawn a second time, and the same instances with it.
+    """
+    if optimizer.generator is None:
+        optimizer.generator = torch.Generator(device=optimizer.params[0].device)
+        optimizer.generator.manual_seed(secrets.randbits(63))
+    sampler: Any = loader.batch_sampler
+    if isinstance(sampler, UniformWithReplacementSampler) and sampler.generator is None:
+        sampler.generator = torch.Generator().manual_seed(secrets.randbits(63))
+
+
 def position(engine: PrivacyEngine) -> dict[str, Any]:
     """Where the run stands, in plain values for a checkpoint; flushes the ledger.
 
@@ -89,6 +106,8 @@ def position(engine: PrivacyEngine) -> dict[str, Any]:
     return {
         "version": 1,
         "anchor": engine.tracker.recorder.writer.anchor.to_dict(),
+        "noise": engine.tracker.sessions.state(),
+        "max_grad_norm": float(engine.tracker.optimizer.max_grad_norm),
         "accountant": dict(accountant),
     }
 
@@ -109,6 +128,8 @@ def continue_from(engine: PrivacyEngine, saved: Any) -> None:
     engine.tracker.recorder.resume(Anchor.from_dict(dict(saved["anchor"])))
     history = [tuple(entry) for entry in saved["accountant"]["history"]]
     engine.accountant.load_state_dict({**saved["accountant"], "history": history})
+    engine.tracker.optimizer.continue_from(saved)
+    engine.tracker.sessions.resume(saved.get("noise", []))
 
 
 def refuse(happened: str, fix: str) -> NoReturn:

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from per_instance_accountant.errors import AlignmentError, UsageError
 from per_instance_accountant.integrations.desk import (
     continue_from,
+    own_randomness,
     position,
     refuse,
     refuse_arguments,
@@ -95,6 +96,7 @@ class IndividualPrivacyCallback(L.Callback):
             wrap_model=False,
             **self._options,
         )
+        own_randomness(optimizer, loader)
         if trainer.ckpt_path is not None:
             continue_from(self.engine, self._saved)
         # Lightning divides the loss by the number of accumulated batches; each is a part of one draw already.

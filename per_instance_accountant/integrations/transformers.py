@@ -13,6 +13,7 @@ from per_instance_accountant.errors import GuaranteeError, UnsupportedError, Usa
 from per_instance_accountant.integrations.desk import (
     Desk,
     continue_from,
+    own_randomness,
     position,
     refuse,
     refuse_arguments,
@@ -90,6 +91,7 @@ class IndividualPrivacyCallback(TrainerCallback, ExportableState):
             wrap_model=False,
             **self._options,
         )
+        own_randomness(optimizer, loader)
         desk = Desk(self.engine.tracker)
         loader.consumer = desk
         if trainer.compute_loss_func is None:

@@ -223,6 +223,27 @@ def test_resume_continues_the_ledger(tmp_path, torch_seed):
         np.testing.assert_allclose(step.contributions, expected, rtol=3e-5)
 
 
+@pytest.mark.parametrize("bug", [False, True])
+def test_a_resumed_trainer_repeats_neither_noise_nor_draws(tmp_path, monkeypatch, bug, torch_seed):
+    """The Trainer restores torch's random state. Seeded bug: noise and draws come from that state."""
+    if bug:
+        monkeypatch.setattr("per_instance_accountant.integrations.transformers.own_randomness", print)
+    weights, draws = [], []
+    for resume in (None, str(tmp_path / "checkpoint-10")):
+        engine = PrivacyEngine(accountant="rdp", ledger=tmp_path / "run")
+        trainer, _, snapshots = training(
+            tmp_path, engine=engine, save_strategy="steps", save_steps=10, max_steps=14, ignore_data_skip=True
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        engine.close()
+        weights.append(snapshots.weights[-1]["classifier.bias"])
+        draws.append(
+            [event.positions.tolist() for event in engine.ledger.events() if isinstance(event, Step)]
+        )
+    assert (draws[1][10:14] == draws[1][14:]) is bug
+    assert torch.equal(*weights) is bug
+
+
 def test_resume_is_refused_without_a_place_or_with_skipped_batches(tmp_path, torch_seed):
     trainer, _, _ = training(tmp_path, save_strategy="steps", save_steps=2, max_steps=3)
     trainer.train()
