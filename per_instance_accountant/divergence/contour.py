@@ -33,7 +33,11 @@ _WINDOWS: Final = np.array([0.0, 1.0, 4.0, 12.0])
 """Precisions of the Gaussian windows in z under which the spread of the loss is measured."""
 _LARGEST_STEP: Final = 0.2
 _LONGEST: Final = 60_000
-_BLOCK: Final = 1_500_000
+_BLOCK: Final = 150_000
+_POWERS: Final = 22
+"""``(pi / 2)^22 / 22! < 2e-17`` bounds what the series of an exponential leaves out."""
+_TRANSFORM: Final = 1200
+"""Units in the last place that a Fourier transform of up to 2^16 bins and the series may lose."""
 _LOG_SQRT_2PI: Final = 0.5 * math.log(2 * math.pi)
 
 
@@ -138,10 +142,8 @@ def _fill(
     lattice = _lattice(q, float(ratios[rows].max()), abscissa, spacing * (count - 1), add)
     if lattice is None:
         return
-    factors = math.ceil(math.sqrt(count))
-    for block in np.array_split(
-        rows, min(rows.size, math.ceil(rows.size * lattice[0].size * factors / _BLOCK))
-    ):
+    bins = 4 * count + lattice[0].size
+    for block in np.array_split(rows, min(rows.size, math.ceil(rows.size * bins / _BLOCK))):
         values = _block(q, ratios[block], abscissa, spacing, count, lattice, add)
         for table, value in zip(tables, values, strict=True):
             table[block] = value
@@ -199,6 +201,7 @@ def _block(
     error = _rounding(q, a, z, log_ratio, abs(beta) + spacing * count) + lattice[0].size * (
         UNIT + math.exp(-_CUT)
     )
+    error += _TRANSFORM * UNIT
     if count == 1:
         # A single real point has no frequencies beyond it: nothing is known, and nothing is needed.
         unknown = np.zeros((a.size, _WINDOWS.size))
@@ -208,12 +211,20 @@ def _block(
 
 
 def _log_ratio(q: float, a: Floats, z: Floats) -> Floats:
-    """``log(1 - q + q exp(a z - a^2 / 2))``, (b, p)."""
+    """``log(1 - q + q exp(a z - a^2 / 2))``, (b, p); z rising."""
     y = a[:, None] * z - (a * a / 2)[:, None]
     u = q * np.expm1(np.minimum(y, 30.0))
-    low = np.log(np.maximum((1 - q) + q * np.exp(np.minimum(y, 0.0)), 1e-300))
-    high = y + math.log(q) + np.log1p((1 - q) / q * np.exp(-np.maximum(y, 0.0)))
-    return np.where(y > 30, high, np.where(u < -0.5, low, np.log1p(np.maximum(u, -0.5))))
+    result = np.log1p(np.maximum(u, -0.5))
+    if q > 0.5:
+        # Where 1 + u cancels it is the sum of its two parts.
+        low = np.log(np.maximum((1 - q) + q * np.exp(np.minimum(y, 0.0)), 1e-300))
+        result = np.where(u < -0.5, low, result)
+    first = int(np.searchsorted(y.max(axis=0), 30.0, side="right"))
+    if first < z.size:
+        tail = y[:, first:]
+        high = tail + math.log(q) + np.log1p((1 - q) / q * np.exp(-np.maximum(tail, 0.0)))
+        result[:, first:] = np.where(tail > 30, high, result[:, first:])
+    return result
 
 
 def _rounding(q: float, a: Floats, z: Floats, log_ratio: Floats, power: float) -> Floats:
@@ -228,14 +239,23 @@ def _rounding(q: float, a: Floats, z: Floats, log_ratio: Floats, power: float) -
 
 
 def _transform(weight: Floats, loss: Floats, spacing: float, count: int) -> NDArray[np.complex128]:
-    """``sum weight exp(i spacing m loss)``, (b, count), as a product of fine and coarse powers."""
-    fine_count = math.ceil(math.sqrt(count))
-    coarse_count = math.ceil(count / fine_count)
-    angle = (spacing * loss)[:, :, None]
-    fine = np.exp(1j * (angle * np.arange(fine_count)))
-    coarse = weight[:, :, None] * np.exp(1j * (angle * (fine_count * np.arange(coarse_count))))
-    product = np.matmul(coarse.transpose(0, 2, 1), fine)
-    return np.asarray(product.reshape(weight.shape[0], -1)[:, :count])
+    """``sum weight exp(i spacing m loss)``, m = 0 .. count - 1, (b, count): losses on a ring of bins,
+    powers of the distances from their centres, one Fourier transform for each power."""
+    size = 2 ** math.ceil(math.log2(2 * count))
+    position = loss * (spacing * size / (2 * math.pi))
+    centre = np.rint(position)
+    # In half widths of a bin; m half widths are at most pi / 2.
+    distance = 2 * (position - centre)
+    ring = centre.astype(np.int64) & (size - 1)
+    ring += size * np.arange(len(weight))[:, None]
+    step = 1j * math.pi / size * np.arange(count)
+    total = np.zeros((len(weight), count), dtype=np.complex128)
+    term, factor = weight, np.ones(count, dtype=np.complex128)
+    for k in range(1, _POWERS + 1):
+        sums = np.bincount(ring.ravel(), term.ravel(), len(weight) * size).reshape(-1, size)
+        total += np.fft.rfft(sums)[:, :count].conj() * factor
+        term, factor = term * distance, factor * (step / k)
+    return total
 
 
 def _spread(

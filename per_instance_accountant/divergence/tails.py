@@ -12,15 +12,18 @@ many nodes are used decides how tight the bound is, never whether it holds.
 from __future__ import annotations
 
 import math
+import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from per_instance_accountant.divergence.contour import UNIT, Line, tabulate
+from per_instance_accountant.divergence.sampled_gaussian import sampled_gaussian_rdp
 
 Floats = NDArray[np.float64]
 Levels = tuple[Floats, Floats]
@@ -28,15 +31,22 @@ Levels = tuple[Floats, Floats]
 
 _LADDER: Final = 2.0 ** (np.arange(-18, 41) / 3)
 """The abscissas that are used."""
-_NODES: Final = (40, 160, 1024, 8192)
-"""Nodes by effort; the last one composes a Gaussian step of negligible size that bounds the rest."""
+_NODES: Final = (36, 144, 1024, 8100)
+"""Nodes by effort; squares."""
+_BLURRED: Final = 3
+"""From this effort on a Gaussian step of negligible size is composed, which bounds the rest."""
 _EDGES: Final = np.append(1.6 ** np.arange(33), np.inf)
 """Blocks of frequencies beyond the nodes, relative to the first one left out."""
 _CHERNOFF: Final = _LADDER * np.log(_LADDER) - (1 + _LADDER) * np.log1p(_LADDER)
 """``log max_x exp(-c x) (1 - exp(-x))``: so delta(epsilon) <= exp(K(c) - c epsilon + this)."""
-_FEW_LEVELS: Final = 24
-"""Up to so many levels the tables of the last effort are worth their seconds."""
+_GROUP: Final = 8
+"""Levels tabulated together, whichever of them a run uses: tables then serve later runs bit for bit."""
+_CACHED_BYTES: Final = 1 << 28
+_AT_ONCE: Final = 1 << 22
+"""Amplitudes held at once."""
 _ATTEMPTS: Final = 10
+_COSTLY: Final = 6
+"""Attempts with the last effort."""
 _WASTE: Final = 4e-6
 _ALIAS: Final = 3e-5
 """A bound is tight enough when what was added changed it, and an alias delta, by no more than this,
@@ -61,13 +71,15 @@ class Tail:
     def at(self, epsilon: Floats) -> tuple[Floats, Floats, Floats]:
         """log delta, its slope in epsilon, and the share of delta that was added; epsilon (n,), each
         (n,)."""
-        angle = epsilon[:, None] * self.frequencies
-        cosine, sine = np.cos(angle), np.sin(angle)
-        real, imaginary = self.amplitude.real, self.amplitude.imag
-        total = np.einsum("nm,nm->n", real, cosine) + np.einsum("nm,nm->n", imaginary, sine) + self.added
-        turned = imaginary * cosine - real * sine
+        fine = math.isqrt(len(self.frequencies))
+        rows, steps = self.amplitude.reshape(len(epsilon), -1, fine), self.frequencies[::fine]
+        within = np.exp(-1j * epsilon[:, None] * self.frequencies[:fine])
+        both = np.stack([within, within * self.frequencies[:fine]], axis=2)
+        sums = np.matmul(rows, both) * np.exp(-1j * epsilon[:, None] * steps)[:, :, None]
+        total = sums[:, :, 0].sum(axis=1).real + self.added
+        turned = (sums[:, :, 0].imag @ steps) + sums[:, :, 1].sum(axis=1).imag
         total = np.where(total > 0, total, np.inf)
-        slope = (turned @ self.frequencies) / total - self.abscissa
+        slope = turned / total - self.abscissa
         return self.log_scale - self.abscissa * epsilon + np.log(total), slope, self.added / total
 
     def bare(self, rows: NDArray[np.bool_]) -> Tail:
@@ -81,12 +93,12 @@ def make_tail(
 ) -> Tail:
     """The bound on one line for runs with counts (n, k); depth: about ``-log delta``; effort: 0 .. 3."""
     count = _NODES[effort]
-    used = (counts > 0).any(axis=0)
-    counts, levels = counts[:, used], (levels[0][used], levels[1][used])
+    used = np.flatnonzero((counts > 0).any(axis=0))
+    counts = counts[:, used]
     spacing = 2 * math.pi * abscissa / (20 + 2 * depth)
-    line = _line(levels[0].tobytes(), levels[1].tobytes(), abscissa, spacing, count, add)
+    line = _line(levels, used, (abscissa, spacing, count, add))
     nodes, edges = line.nodes, spacing * count * _EDGES
-    blur = (6.5 / edges[0]) ** 2 if effort == len(_NODES) - 1 else 0.0
+    blur = (6.5 / edges[0]) ** 2 if effort >= _BLURRED else 0.0
     log_moment = (counts @ line.log_moment.real) + 1j * (counts @ line.log_moment.imag)
     log_moment += 0.5 * blur * (nodes * nodes + nodes)
     log_scale = log_moment[:, 0].real.copy()
@@ -95,7 +107,7 @@ def make_tail(
     decay = np.exp(counts @ line.log_decay(edges) - 0.5 * blur * edges[:-1] ** 2)
     truncated = decay @ (1 / (math.pi * (edges[:-1] - spacing)))
     size = counts @ np.abs(line.log_moment).max(axis=1) + 4 * depth * abs(nodes[-1]) / abscissa + 64
-    inexact = np.expm1(counts @ line.error + 4 * UNIT * (levels[0].size + count + 16) * size)
+    inexact = np.expm1(counts @ line.error + 4 * UNIT * (used.size + count + 16) * size)
     return Tail(
         abscissa=abscissa,
         period=2 * math.pi / spacing,
@@ -106,19 +118,52 @@ def make_tail(
     )
 
 
-@lru_cache(maxsize=128)
-def _line(rates: bytes, ratios: bytes, abscissa: float, spacing: float, nodes: int, add: bool) -> Line:
-    return tabulate(np.frombuffer(rates), np.frombuffer(ratios), abscissa, spacing, nodes, add=add)
+def _line(levels: Levels, used: NDArray[np.intp], key: tuple[float, float, int, bool]) -> Line:
+    """The tables of the levels ``used`` on one line."""
+    groups = [_tables(levels, int(group), key) for group in np.unique(used // _GROUP)]
+    rows = np.concatenate([np.arange(g * _GROUP, (g + 1) * _GROUP) for g in np.unique(used // _GROUP)])
+    kept = np.isin(rows[: sum(len(group.error) for group in groups)], used)
+    names = ("log_moment", "error", "second", "fourth", "log_variation")
+    columns = {name: np.concatenate([getattr(g, name) for g in groups])[kept] for name in names}
+    return Line(abscissa=key[0], spacing=key[1], **columns)
+
+
+_cache: OrderedDict[tuple[Any, ...], Line] = OrderedDict()
+_cache_lock = threading.Lock()
+
+
+def _tables(levels: Levels, group: int, key: tuple[float, float, int, bool]) -> Line:
+    part = slice(group * _GROUP, (group + 1) * _GROUP)
+    rates, ratios = levels[0][part], levels[1][part]
+    known = (rates.tobytes(), ratios.tobytes(), *key)
+    with _cache_lock:
+        line = _cache.pop(known, None)
+    if line is None:
+        abscissa, spacing, count, add = key
+        line = tabulate(rates, ratios, abscissa, spacing, count, add=add)
+    with _cache_lock:
+        _cache[known] = line
+        size = sum(cached.log_moment.nbytes for cached in _cache.values())
+        while size > _CACHED_BYTES:
+            size -= _cache.popitem(last=False)[1].log_moment.nbytes
+    return line
 
 
 @lru_cache(maxsize=8)
 def _ladder(rates: bytes, ratios: bytes, add: bool) -> Floats:
     """(k, rungs): upper bounds of the log moments at the abscissas, ``_HUGE`` where they are not
     computed."""
-    levels = np.frombuffer(rates), np.frombuffer(ratios)
-    lines = [tabulate(*levels, float(c), float(c), 1, add=add) for c in _LADDER]
-    values = [line.log_moment[:, 0].real * (1 + 1e-13) + line.error for line in lines]
-    return np.clip(np.nan_to_num(np.stack(values, axis=1), nan=_HUGE, posinf=_HUGE), 0.0, _HUGE)
+    q, a = np.frombuffer(rates), np.frombuffer(ratios)
+    if add:
+        lines = [tabulate(q, a, float(c), float(c), 1, add=True) for c in _LADDER]
+        values = np.stack([line.log_moment[:, 0].real * (1 + 1e-13) + line.error for line in lines], axis=1)
+    else:
+        # phi(c) = E r^(1 + c) is the moment behind the Renyi divergence of order 1 + c.
+        values = np.empty((a.size, _LADDER.size))
+        for rate in np.unique(q):
+            values[q == rate] = sampled_gaussian_rdp(float(rate), a[q == rate], 1 + _LADDER) * _LADDER
+        values *= 1 + 1e-15
+    return np.clip(np.nan_to_num(values, nan=_HUGE, posinf=_HUGE), 0.0, _HUGE)
 
 
 def smallest_epsilon(
@@ -136,6 +181,8 @@ def smallest_epsilon(
         chernoff = (search.moments + _CHERNOFF - log_delta) / _LADDER
         rung = np.where(floor > 0, _saddle(search.moments, floor), chernoff.argmin(axis=1))
         first = np.maximum(chernoff.min(axis=1) * (1 + 1e-12), 0.0)
+        if add:
+            first = np.minimum(first, _largest_loss(counts, rates))
         floor = np.maximum(floor, search.run(rung, first, floor, solve))
     return floor
 
@@ -161,9 +208,18 @@ def tail_delta(counts: Floats, rates: Floats, ratios: Floats, start: Floats, eps
         chernoff = (search.moments - epsilon * _LADDER + _CHERNOFF).min(axis=1)
         first = np.exp(np.minimum(chernoff + 1e-12 * np.abs(chernoff) + 1e-11, 0.0))
         first = np.maximum(first, np.nextafter(0.0, 1.0))
+        if add:
+            first = np.where(_largest_loss(counts, rates) <= epsilon, 0.0, first)
         rung = _saddle(search.moments, np.full_like(start, epsilon))
         floor = np.maximum(floor, search.run(rung, first, floor, solve))
     return floor
+
+
+def _largest_loss(counts: Floats, rates: Floats) -> Floats:
+    """(n,) what no loss of the direction "add" exceeds, rounded up, because r is at least 1 - q."""
+    with np.errstate(divide="ignore"):
+        each = np.where(rates < 1, -np.log1p(-rates), _HUGE)
+    return np.asarray(counts @ each * (1 + 1e-12))
 
 
 def _saddle(moments: Floats, epsilon: Floats) -> NDArray[np.int64]:
@@ -188,7 +244,6 @@ class _Search:
 
     def __init__(self, counts: Floats, levels: Levels, depth: Floats, *, add: bool) -> None:
         self.counts, self.levels, self.depth, self.add = counts, levels, depth, add
-        self.last = len(_NODES) - 1 if levels[0].size <= _FEW_LEVELS else len(_NODES) - 2
         self.moments = counts @ _ladder(levels[0].tobytes(), levels[1].tobytes(), add)
 
     def run(self, rung: NDArray[np.int64], first: Floats, floor: Floats, solve: Solve) -> Floats:
@@ -197,6 +252,7 @@ class _Search:
         A run whose value is at most its ``floor`` is not looked at any more.
         """
         result, effort = first, np.zeros(rung.size, dtype=np.int64)
+        costly = np.zeros(rung.size, dtype=np.int64)
         pending = np.flatnonzero(result > floor)
         for _ in range(_ATTEMPTS):
             keys = np.stack([rung[pending], effort[pending], self.depth[pending]], axis=1)
@@ -204,11 +260,13 @@ class _Search:
             for j, (height, work, depth) in enumerate(kinds):
                 rows = pending[place.ravel() == j]
                 c = float(_LADDER[int(height)])
-                tail = make_tail(self.counts[rows], self.levels, c, float(depth), int(work), add=self.add)
-                found = solve(tail, rows)
-                result[rows] = np.minimum(result[rows], found.value)
-                rung[rows], effort[rows] = self._next(rows, tail, found, int(height), int(work))
-            open_runs = (effort[pending] <= self.last) & (rung[pending] >= 0)
+                costly[rows] += int(work) == len(_NODES) - 1
+                for part in np.array_split(rows, math.ceil(rows.size * _NODES[int(work)] / _AT_ONCE)):
+                    tail = make_tail(self.counts[part], self.levels, c, float(depth), int(work), add=self.add)
+                    found = solve(tail, part)
+                    result[part] = np.minimum(result[part], found.value)
+                    rung[part], effort[part] = self._next(part, tail, found, int(height), int(work))
+            open_runs = (effort[pending] < len(_NODES)) & (rung[pending] >= 0) & (costly[pending] < _COSTLY)
             pending = pending[open_runs & (result[pending] > floor[pending])]
         return result
 
@@ -216,7 +274,7 @@ class _Search:
         self, rows: NDArray[np.intp], tail: Tail, found: _Found, rung: int, effort: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Rung and effort to try next; an effort beyond the last one: nothing is left to gain."""
-        last = self.last
+        last = len(_NODES) - 1
         loose, known = ~(found.waste <= _WASTE), np.isfinite(found.epsilon)
         aliased = ~(self._alias(rows, tail, found) <= _ALIAS)
         saddle = _saddle(self.moments[rows], np.where(known, found.epsilon, 0.0))

@@ -234,12 +234,12 @@ def assert_never_below_gaussian() -> None:
 
 def test_every_line_and_effort_is_an_upper_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_never_below_gaussian()
-    monkeypatch.setattr(tails, "_NODES", (3, 5, 8, 16))
+    monkeypatch.setattr(tails, "_NODES", (4, 4, 9, 16))
     assert_never_below_gaussian()
 
 
 def test_law_catches_a_truncation_that_is_not_added(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tails, "_NODES", (3, 5, 8, 16))
+    monkeypatch.setattr(tails, "_NODES", (4, 4, 9, 16))
     monkeypatch.setattr(contour.Line, "log_decay", lambda self, edges: np.full((1, edges.size - 1), -np.inf))
     with pytest.raises(AssertionError, match="below the truth"):
         assert_never_below_gaussian()
