@@ -3,7 +3,9 @@
 First part: the setting of the released code of Chien et al. 2024 (binary MNIST, n = 11,264), S rows
 forgotten, by each route. Second part: digits (10 classes) and breast cancer (2 classes), softmax regression
 with thresholds from the input norms, full batch: the steps of the individual plan over those of the
-worst-case plan by decile, and test accuracy after forgetting one easy instance at the same guarantee.
+worst-case plan by decile, and test accuracy after forgetting one easy instance at the same guarantee. Third
+part: what each way of training buys on the same data: steps for the easiest, median and hardest instance, and
+the test accuracy that it costs.
 """
 
 from __future__ import annotations
@@ -18,10 +20,18 @@ from scipy.stats import t as student
 from sklearn.datasets import load_breast_cancer, load_digits
 
 from benchmarks import Figure, arguments, report
-from per_instance_accountant.accounting import WorstCase
+from per_instance_accountant.accounting import PrivacyFilter, WorstCase
+from per_instance_accountant.accounting.spending import Spending
 from per_instance_accountant.divergence import gaussian_mu
-from per_instance_accountant.ledger import Ledger, LedgerWriter, Phase, Run, Step, Thresholds
-from per_instance_accountant.unlearning import bounds, plan, plan_everyone, softmax_regression
+from per_instance_accountant.ledger import Drop, Event, Ledger, LedgerWriter, Phase, Run, Step, Thresholds
+from per_instance_accountant.unlearning import (
+    Assumptions,
+    bounds,
+    largest_threshold,
+    plan,
+    plan_everyone,
+    softmax_regression,
+)
 
 Array = NDArray[np.float64]
 
@@ -31,6 +41,8 @@ STEP_SIZE = 1 / (0.25 + CONVEXITY)
 DELTA = 1 / ROWS
 SETTINGS = ((1, 0.05, 21, 6), (10, 0.5, 27, 12), (100, 1.0, 66, 50))
 """Rows forgotten, epsilon, and the targets for replacement and for removal."""
+CLIP = math.sqrt(2) * 1.001
+TARGET, TARGET_DELTA = 0.05, 1e-5
 
 
 def published_setting() -> dict[str, Figure]:
@@ -106,44 +118,73 @@ def problem(name: str, loader: Any) -> Problem:
     )
 
 
-def ledger_of(case: Problem) -> Ledger:
-    """What a full-batch run with thresholds ``sqrt(2) |x_i|`` records; no gradient is needed for it."""
+def assumptions_of(case: Problem) -> Assumptions:
+    """Softmax regression on rows of norm at most 1, full batch."""
     n = len(case.features)
-    known = softmax_regression(
+    return softmax_regression(
         feature_norm=1.0, num_instances=n, denominator=float(n), individual_thresholds=True
     )
-    clip = math.sqrt(2) * 1.001
-    values = np.minimum(case.norms * clip, clip).astype(np.float32)
-    writer = LedgerWriter.create(None, Run(num_instances=n, assumptions=known.to_dict()))
-    writer.append(Thresholds(values=values, source="fixed"))
-    writer.append(
-        Phase(
-            kind="train",
-            sampling="poisson",
-            sample_rate=1.0,
-            noise_std=case.noise_std,
-            max_grad_norm=float(np.float32(clip)),
-            charging="fixed_thresholds",
-            denominator=float(n),
-            learning_rate=case.learning_rate,
-            weight_decay=case.weight_decay,
-        )
+
+
+def phase_of(case: Problem) -> Phase:
+    """The mechanism of the case."""
+    return Phase(
+        kind="train",
+        sampling="poisson",
+        sample_rate=1.0,
+        noise_std=case.noise_std,
+        max_grad_norm=float(np.float32(CLIP)),
+        charging="fixed_thresholds",
+        denominator=float(len(case.features)),
+        learning_rate=case.learning_rate,
+        weight_decay=case.weight_decay,
     )
-    for _ in range(case.training_steps):
-        writer.append(Step(positions=np.empty(0, np.int64), contributions=np.empty(0, np.float32)))
-    return writer.ledger()
+
+
+def ledger_of(case: Problem, budget: PrivacyFilter | None = None) -> tuple[Ledger, NDArray[np.int64]]:
+    """What a full-batch run with thresholds ``sqrt(2) |x_i|`` records, no gradient is needed for it; and (n,)
+    how many steps each instance takes part in, under a filter with ``budget``."""
+    n = len(case.features)
+    values = np.minimum(case.norms * CLIP, CLIP).astype(np.float32)
+    writer = LedgerWriter.create(None, Run(num_instances=n, assumptions=assumptions_of(case).to_dict()))
+    phase, took_part = phase_of(case), np.full(n, case.training_steps)
+    stated = None if budget is None else budget.stated(budget.per_instance(n, {}), phase)
+    spending = None if stated is None else Spending(stated)
+
+    def append(event: Event) -> None:
+        writer.append(event)
+        if spending is not None:
+            spending.take(event)
+
+    if stated is not None:
+        writer.append(stated)
+    append(Thresholds(values=values, source="fixed"))
+    append(phase)
+    for step in range(case.training_steps):
+        leaving = np.empty(0, np.int64) if spending is None else spending.exceeding()
+        if leaving.size:
+            took_part[leaving] = step
+            append(Drop(positions=leaving))
+        append(Step(positions=np.empty(0, np.int64), contributions=np.empty(0, np.float32)))
+    return writer.ledger(), took_part
 
 
 def descend(
-    case: Problem, kept: NDArray[np.bool_], theta: Array, steps: int, rng: np.random.Generator
+    case: Problem,
+    kept: NDArray[np.bool_],
+    theta: Array,
+    steps: int,
+    rng: np.random.Generator,
+    took_part: NDArray[np.int64] | None = None,
 ) -> Array:
-    """Noisy full-batch steps of the ledger's mechanism on the rows ``kept``."""
+    """Noisy full-batch steps of the ledger's mechanism on the rows ``kept``, each for ``took_part`` steps."""
     x, n = case.features[kept], len(case.features)
     one_hot = np.eye(theta.shape[1])[case.labels[kept]]
-    for _ in range(steps):
+    until = np.full(len(x), steps) if took_part is None else took_part[kept]
+    for step in range(steps):
         logits = x @ theta
         p = np.exp(logits - logits.max(axis=1, keepdims=True))
-        gradient = x.T @ (p / p.sum(axis=1, keepdims=True) - one_hot)
+        gradient = x.T @ ((p / p.sum(axis=1, keepdims=True) - one_hot) * (step < until)[:, None])
         noise = rng.normal(0.0, case.noise_std, theta.shape)
         theta = theta - case.learning_rate * ((gradient + noise) / n + case.weight_decay * theta)
     return theta
@@ -162,7 +203,7 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 def individual_against_worst_case(case: Problem, seeds: int) -> dict[str, Figure]:
     """Deciles of the ratio of steps, and the trade-off between noise, steps and accuracy."""
-    ledger, target, delta = ledger_of(case), 0.05, 1e-5
+    (ledger, _), target, delta = ledger_of(case), TARGET, TARGET_DELTA
     everyone = plan_everyone(ledger, target, target_delta=delta, levels=64)
     one = ledger.ids[:1]
     worst = plan(ledger, one, target, target_delta=delta, charging=WorstCase())
@@ -186,9 +227,8 @@ def _accuracy_at_equal_guarantee(
     easy = int(np.argsort(individual, kind="stable")[len(individual) // 10])
     own = int(individual[easy])
     n = len(case.features)
-    clip = math.sqrt(2) * 1.001
     quiet = bounds.contractive(
-        sensitivity=case.learning_rate * clip / n,
+        sensitivity=case.learning_rate * CLIP / n,
         noise_std=case.learning_rate * case.noise_std / n,
         contraction=1 - case.learning_rate * case.weight_decay,
         training_steps=case.training_steps,
@@ -222,11 +262,58 @@ def _accuracy_at_equal_guarantee(
     return figures
 
 
+def ways_of_training(case: Problem, seeds: int) -> dict[str, Figure]:
+    """Steps for the easiest, median and hardest instance, and test accuracy of the trained model, by the way
+    in which it was trained:
+
+    thresholds from input norms; rows bounded so that everybody needs at most half of the worst case's steps
+    (``largest_threshold``); and a filter at the loss of the median instance, so that the larger ones leave.
+    """
+    n, asked = len(case.features), {"target_delta": TARGET_DELTA}
+    worst = plan(ledger_of(case)[0], [0], TARGET, **asked, charging=WorstCase()).steps or 0
+    bound = largest_threshold(
+        phase_of(case),
+        training_steps=case.training_steps,
+        num_instances=n,
+        steps=worst // 2,
+        target_epsilon=TARGET,
+        target_delta=TARGET_DELTA,
+        assumptions=assumptions_of(case),
+    )
+    scale = np.minimum(1.0, bound / CLIP * (1 - 1e-6) / case.norms)[:, None]
+    ratio = float(np.median(case.norms)) * CLIP / case.noise_std
+    median = PrivacyFilter(budget=ratio * math.sqrt(case.training_steps) * (1 + 1e-6), family="gaussian")
+    ways = {
+        "thresholds": (case, None),
+        "bounded_rows": (replace(case, features=case.features * scale), None),
+        "filter": (case, median),
+    }
+    figures: dict[str, Figure] = {}
+    for name, (used, budget) in ways.items():
+        ledger, took_part = ledger_of(used, budget)
+        steps = plan_everyone(ledger, TARGET, **asked, levels=16).quantile([0.0, 0.5, 1.0]).tolist()
+        for which, count in zip(("easiest", "median", "hardest"), steps, strict=True):
+            target = worst // 2 if (name, which) == ("bounded_rows", "hardest") else None
+            figures[f"{case.name}_{name}_steps_{which}"] = Figure(value=count, target=target)
+        scores = [_trained_accuracy(used, took_part, seed) for seed in range(seeds)]
+        mean, half = interval(scores)
+        figures[f"{case.name}_{name}_trained_accuracy"] = Figure(value=mean)
+        figures[f"{case.name}_{name}_trained_accuracy_half_width_95"] = Figure(value=half)
+    return figures
+
+
+def _trained_accuracy(case: Problem, took_part: NDArray[np.int64], seed: int) -> float:
+    start = np.zeros((case.features.shape[1], int(case.labels.max()) + 1))
+    everybody, rng = np.ones(len(case.features), dtype=np.bool_), np.random.default_rng(seed)
+    return accuracy(case, descend(case, everybody, start, case.training_steps, rng, took_part))
+
+
 def measure(quick: bool) -> dict[str, Figure]:
     """All figures."""
     figures = published_setting()
     for name, loader in (("digits", load_digits), ("breast_cancer", load_breast_cancer)):
-        figures |= individual_against_worst_case(problem(name, loader), seeds=3 if quick else 20)
+        case, seeds = problem(name, loader), 3 if quick else 20
+        figures |= individual_against_worst_case(case, seeds) | ways_of_training(case, seeds)
     return figures
 
 

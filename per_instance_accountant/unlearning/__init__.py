@@ -7,6 +7,7 @@ from per_instance_accountant.unlearning.assumptions import (
     softmax_regression,
 )
 from per_instance_accountant.unlearning.certificate import CONDITIONS, Certificate, certificate_schema
+from per_instance_accountant.unlearning.cheap import largest_threshold
 from per_instance_accountant.unlearning.everyone import EveryoneSteps, plan_everyone
 from per_instance_accountant.unlearning.issuing import issue
 from per_instance_accountant.unlearning.plan_file import InstanceSteps, UnlearningPlan
@@ -30,6 +31,7 @@ __all__ = [
     "generate_keys",
     "geometric_grid",
     "issue",
+    "largest_threshold",
     "logistic_regression",
     "plan",
     "plan_everyone",

@@ -180,6 +180,12 @@ CONTRACTION: Final[tuple[Requirement, ...]] = (
 )
 
 
+def _sampling_hides(facts: Facts) -> str | None:
+    if np.any(facts.chain.amplification_rates < 1):
+        return None
+    return "no step hides who was drawn, so R3 is never above it"
+
+
 def _steps_have_one_state(facts: Facts) -> str | None:
     m = facts.mechanism
     if m is None or (m.optimizer == "SGD" and m.momentum == 0):
@@ -327,7 +333,7 @@ ROWS: Final[tuple[Row, ...]] = (
     Row(name=FixedLsi.name, requirements=CONTRACTION, build=_fixed_lsi),
     Row(name=ShiftedLsi.name, requirements=CONTRACTION, build=_shifted_lsi),
     Row(name=Contractive.name, requirements=CONTRACTION, build=_contractive),
-    Row(name=Subsampled.name, requirements=CONTRACTION, build=_subsampled),
+    Row(name=Subsampled.name, requirements=(*CONTRACTION, _sampling_hides), build=_subsampled),
     Row(name=BoundedDomain.name, requirements=BALL, build=_bounded_domain),
     Row(name=ClippedGradients.name, requirements=DISTANCE, build=_clipped_gradients),
 )

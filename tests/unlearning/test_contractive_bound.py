@@ -236,3 +236,20 @@ def test_the_closed_form_covers_turning_maps_that_do_not_expand(c):
     bound = bounds.contractive(sensitivity=1.0, noise_std=1.0, contraction=c, training_steps=2, order=2)
     assert bound.mu(0) ** 2 >= 1 + c**2 / (1 + c**2)
     assert bound.mu(0) == pytest.approx(textbook_mu(1.0, 1.0, c, 2, 0), rel=1e-9)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    sensitivity=st.floats(1e-4, 1.0),
+    log_delta=st.floats(-40, -0.5),
+    log_target=st.floats(-14, 4),
+    k=st.integers(0, 60),
+)
+def test_asking_for_a_target_is_asking_for_the_value(sensitivity, log_delta, log_target, k):
+    bound = bounds.contractive(
+        sensitivity=sensitivity, noise_std=0.3, contraction=0.95, training_steps=40, delta=math.exp(log_delta)
+    )
+    value = bound.value(k)
+    for target in (math.exp(log_target), value, value * (1 + 1e-8), value * (1 - 1e-8), value * (1 - 1e-10)):
+        if target > 0:
+            assert bound.within(k, target) == (value <= target)
