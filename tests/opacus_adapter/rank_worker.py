@@ -1,0 +1,178 @@
+"""One process of a run on several: trains as a list of cases asks, and writes what it saw.
+
+    python -m tests.opacus_adapter.rank_worker RANK WORLD_SIZE FOLDER
+
+FOLDER holds ``cases.json``: name -> options. Cases run one after the other in one process group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from opacus.distributed import DifferentiallyPrivateDistributedDataParallel as DPDDP
+from opacus.utils.batch_memory_manager import BatchMemoryManager
+from opacus.utils.uniform_sampler import DistributedUniformWithReplacementSampler
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils.data import DataLoader, TensorDataset
+
+from per_instance_accountant import (
+    FixedThresholds,
+    PrivacyEngine,
+    PrivacyFilter,
+    Sweep,
+    Unamplified,
+    WorstCase,
+)
+
+COUNT, CLIP, RATE = 61, 0.8, 0.05
+RULES: dict[str, Any] = {
+    "worst_case": WorstCase,
+    "unamplified": Unamplified,
+    "fixed": lambda: FixedThresholds(thresholds=[0.1 + 0.01 * i for i in range(COUNT)]),
+    "sweep": lambda: Sweep(every=4, slack=1.1),
+}
+WRAPPERS: dict[str, Any] = {"ddp": DDP, "dpddp": DPDDP, "none": lambda module: module}
+
+
+def examples() -> TensorDataset:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(COUNT, 6, generator=generator) * torch.exp(torch.randn(COUNT, 1, generator=generator))
+    return TensorDataset(x, torch.randint(0, 3, (COUNT,), generator=generator))
+
+
+def network() -> nn.Module:
+    torch.manual_seed(5)
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def flat(module: nn.Module) -> list[float]:
+    return torch.cat([p.detach().flatten() for p in module.parameters()]).tolist()
+
+
+def private(rank: int, folder: Path, options: dict[str, Any], inner: nn.Module) -> tuple[Any, ...]:
+    """(engine, model, optimizer, criterion, loader)"""
+    model = WRAPPERS[options.get("wrap", "dpddp")](inner)
+    reduction = options.get("reduction", "mean")
+    budget = options.get("budget")
+    engine = PrivacyEngine(
+        accountant="rdp",
+        ledger=folder / "run",
+        charging=RULES[options.get("rules", [options.get("rule")] * 9)[rank] or "worst_case"](),
+        filter=None if budget is None else PrivacyFilter(budget=budget, delta=1e-2),
+        rank_timeout=options.get("timeout", 30.0),
+    )
+    made = engine.make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=RATE),
+        data_loader=DataLoader(
+            examples(), batch_size=options.get("batch_size", 9), num_workers=options.get("workers", 0)
+        ),
+        criterion=nn.CrossEntropyLoss(reduction=reduction),
+        noise_multiplier=options.get("noises", [options.get("noise", 1.0)] * 9)[rank],
+        max_grad_norm=CLIP,
+        loss_reduction=reduction,
+        grad_sample_mode=options.get("mode", "hooks"),
+        poisson_sampling=options.get("poisson", True),
+    )
+    criterion = made[2] if len(made) == 4 else nn.CrossEntropyLoss(reduction=reduction)
+    return engine, made[0], made[1], criterion, made[-1]
+
+
+def train(rank: int, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    inner = network()
+    engine, model, optimizer, criterion, loader = private(rank, folder, options, inner)
+    where = {"path": folder / f"model-{rank}.pt", "module": model, "optimizer": optimizer}
+    if options.get("load"):
+        engine.load_checkpoint(**where)
+    torch.manual_seed(options.get("seeds", [11, 12])[rank])
+    weights: list[list[float]] = []
+    for epoch in range(options.get("epochs", 2)):
+        loader.batch_sampler.set_epoch(0 if rank in options.get("stuck", []) else epoch)
+        parts: Any = contextlib.nullcontext(loader)
+        if "physical" in options:
+            parts = BatchMemoryManager(
+                data_loader=loader, max_physical_batch_size=options["physical"], optimizer=optimizer
+            )
+        with parts as batches:
+            for number, (x, y) in enumerate(batches):
+                event = options.get("event", {})
+                if event.get("rank", rank) == rank and (epoch, number) == (0, event.get("step")):
+                    happen(event["what"], x, engine)
+                steps = engine.ledger.num_steps
+                before = flat(inner)
+                optimizer.zero_grad()
+                criterion(model(x), y).backward()
+                optimizer.step()
+                if engine.ledger.num_steps > steps:
+                    weights.append(before)
+        if options.get("save") == epoch:
+            engine.save_checkpoint(**where)
+    engine.close()
+    return {
+        "steps": engine.ledger.num_steps,
+        "weights": [*weights, flat(inner)],
+        "stock": stock_steps(options),
+    }
+
+
+def stock_steps(options: dict[str, Any]) -> int:
+    """Batches that Opacus' own sampler hands out on this rank."""
+    if options.get("batch_size") != 1:
+        return 0
+    sampler = DistributedUniformWithReplacementSampler(total_size=COUNT, sample_rate=1 / COUNT)
+    return sum(1 for _ in sampler)
+
+
+def happen(what: str, x: torch.Tensor, engine: Any) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    if what == "die":
+        os._exit(9)
+    if what == "sleep":
+        time.sleep(60)
+    if what == "nan":
+        x.fill_(float("nan"))
+    if what == "full":
+        engine.tracker.recorder.writer._log.append = refuse
+    if what == "seed":
+        torch.manual_seed(99)
+
+
+def main() -> None:
+    rank, world_size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    store = f"file://{folder / 'store'}"
+    dist.init_process_group(
+        "gloo", init_method=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=40)
+    )
+    found: dict[str, Any] = {}
+    for name, options in json.loads((folder / "cases.json").read_text()).items():
+        place = folder / options.get("place", name)
+        place.mkdir(exist_ok=True)
+        began = time.monotonic()
+        try:
+            found[name] = train(rank, place, options)
+        except Exception as error:
+            found[name] = {"error": str(error)}
+        found[name]["seconds"] = time.monotonic() - began
+        (folder / f"result-{rank}.json").write_text(json.dumps(found))
+    # Without the shutdown of the process group, which waits for processes that are gone.
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
