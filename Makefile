@@ -1,5 +1,6 @@
 # make demo    train, audit, plan, unlearn and verify on a small data set   (make demo ARGS="--seed 1")
 # make test    the whole test suite            make lint    ruff, mypy, import-linter
+# make docs    the documentation site in site/, with warnings as errors
 # make bench   every benchmark, quick form     make clean   remove the virtual environment
 #
 # The first run creates .venv and installs the pinned versions of constraints.txt into it.
@@ -10,7 +11,7 @@ PYTHON ?=
 ARGS ?=
 BENCHMARKS := $(filter-out __init__,$(basename $(notdir $(wildcard benchmarks/*.py))))
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint docs bench clean
 
 # `python -m` from the repository root, so that `benchmarks` is the folder here: opacus installs one of the same name.
 demo: $(VENV)/.installed-demo
@@ -24,6 +25,9 @@ lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+
+docs: $(VENV)/.installed-dev
+	@$(BIN)/zensical build --clean --strict
 
 bench: $(VENV)/.installed-dev
 	@for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name --format json --quick || exit 1; done
