@@ -13,6 +13,10 @@ from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipP
 from tests.readme.shell_lines import check, commands_in
 
 
+# Scripts that run when they are imported; tests/examples runs them where they may write.
+collect_ignore_glob = ["docs/examples/*.py"]
+
+
 def _evaluate_shell(example: Example) -> None:
     """README's audit and plan must find the ledger of its Python block, or they would only be parsed."""
     for words in commands_in(example.parsed):
