@@ -1,5 +1,10 @@
 """The fold from facts to individual losses, and the charging rules it applies."""
 
+from per_instance_accountant.accounting.expectation import (
+    ExpectedLoss,
+    expectation_orders,
+    expected_composition,
+)
 from per_instance_accountant.accounting.filter import PrivacyFilter
 from per_instance_accountant.accounting.fold import account
 from per_instance_accountant.accounting.groups import account_groups
@@ -23,6 +28,7 @@ __all__ = [
     "Basis",
     "CertifiedBudget",
     "ChargingRule",
+    "ExpectedLoss",
     "FixedThresholds",
     "IndividualLoss",
     "LastSeen",
@@ -38,6 +44,8 @@ __all__ = [
     "account_in_parts",
     "certified_budget",
     "dask_mapper",
+    "expectation_orders",
+    "expected_composition",
     "join",
     "output_budgets",
     "output_specific",

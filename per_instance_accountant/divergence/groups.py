@@ -33,30 +33,19 @@ def group_gaussian_rdp(sample_rate: float, ratios: ArrayLike, orders: ArrayLike)
     """Upper bound, in nats, of the RDP of one step for a forget set, in BOTH directions, (m,).
 
     sample_rate q in [0, 1]: every member is drawn independently with it. ratios: (f,) sensitivity / noise std
-    of the members. orders: (m,), each above 1. ``log(E exp(a (a - 1) S^2 / 2)) / (a - 1)`` with
-    ``S = sum_i I_i ratio_i``, I_i independent Bernoulli(q), by joint convexity of ``exp((a - 1) D_a)`` given
-    which members were drawn (our derivation, docs/math/sampled_gaussian.md).
-    Raises UsageError PIA070 or PIA071.
+    of the members. orders: (m,), each above 1. The larger of :func:`group_gaussian_rdp_removal` and a bound
+    of the other direction, the smaller of ``log(E exp(a (a - 1) S^2 / 2)) / (a - 1)`` with ``S = sum_i I_i
+    ratio_i``, I_i independent Bernoulli(q), and ``-f log(1 - q)`` (our derivation,
+    docs/math/sampled_gaussian.md). Raises UsageError PIA070 or PIA071.
 
     >>> group_gaussian_rdp(0.01, [0.5, 0.5], [4.0, 8.0]).round(7).tolist()
-    [0.0345404, 2.6842371]
+    [0.0201007, 0.0201007]
     """
     rate, members, grid = _arguments(sample_rate, ratios, orders)
-    total = members.sum() * (1 + ROUNDING * max(members.size - 1, 0))
-    everybody = gaussian_rdp(total, grid)[0]
-    if rate in (0.0, 1.0) or total == 0 or np.isinf(total):
-        return everybody if rate == 1 or np.isinf(total) else np.zeros(grid.size)
-    sizes, counts = _merged(members)
-    scales = np.sqrt(grid * (grid - 1))
-    # E exp(c S^2 / 2) is convex in S, so drawing all or none with probability q bounds it.
-    exponent = (grid - 1) * everybody
-    result = np.logaddexp(math.log1p(-rate), math.log(rate) + exponent)
-    result = np.where(exponent < 1, np.log1p(rate * np.expm1(np.minimum(exponent, 1.0))), result) / (grid - 1)
-    for j in np.flatnonzero(scales * total <= _LONGEST):
-        result[j] = min(result[j], _log_mean_exp_square(rate, scales[j] * sizes, counts) / (grid[j] - 1))
-    # Where squares would underflow nothing is gained from sampling.
-    result = np.where(scales * total < 1e-100, np.inf, result * (1 + _SLACK))
-    return np.asarray(np.fmin(result, everybody * (1 + ROUNDING)))
+    joint = _joint_convexity(rate, members, grid)
+    # All members are left out with probability (1 - q)^f, so the density with the set is at least that share.
+    left_out = members.size * -math.log1p(-rate) * (1 + ROUNDING) if rate < 1 else math.inf
+    return np.maximum(_removal(rate, members, grid, joint), np.minimum(joint, left_out))
 
 
 @np.errstate(all="ignore")
@@ -72,14 +61,36 @@ def group_gaussian_rdp_removal(sample_rate: float, ratios: ArrayLike, orders: Ar
     [0.000363154, 0.000893644]
     """
     rate, members, grid = _arguments(sample_rate, ratios, orders)
-    both = group_gaussian_rdp(rate, members, grid)
+    return _removal(rate, members, grid, _joint_convexity(rate, members, grid))
+
+
+def _removal(rate: float, members: Floats, grid: Floats, joint: Floats) -> Floats:
     total = members.sum() * (1 + ROUNDING * max(members.size - 1, 0))
     low, high = np.floor(grid), np.ceil(grid)
     values = sampled_gaussian_rdp(rate, total, np.concatenate([np.maximum(low, 2.0), high]))[0]
     left, right = (low - 1) * values[: grid.size], (high - 1) * values[grid.size :]
     chord = (left + (grid - low) * (right - left)) / (grid - 1) * (1 + ROUNDING)
     chord = np.where(low == grid, values[: grid.size], np.where(np.isnan(chord), np.inf, chord))
-    return np.asarray(np.minimum(both, chord))
+    return np.asarray(np.minimum(joint, chord))
+
+
+def _joint_convexity(rate: float, members: Floats, grid: Floats) -> Floats:
+    """Upper bound of both directions by joint convexity of ``exp((a - 1) D_a)`` given who was drawn."""
+    total = members.sum() * (1 + ROUNDING * max(members.size - 1, 0))
+    everybody = gaussian_rdp(total, grid)[0]
+    if rate in (0.0, 1.0) or total == 0 or np.isinf(total):
+        return everybody if rate == 1 or np.isinf(total) else np.zeros(grid.size)
+    sizes, counts = _merged(members)
+    scales = np.sqrt(grid * (grid - 1))
+    # E exp(c S^2 / 2) is convex in S, so drawing all or none with probability q bounds it.
+    exponent = (grid - 1) * everybody
+    result = np.logaddexp(math.log1p(-rate), math.log(rate) + exponent)
+    result = np.where(exponent < 1, np.log1p(rate * np.expm1(np.minimum(exponent, 1.0))), result) / (grid - 1)
+    for j in np.flatnonzero(scales * total <= _LONGEST):
+        result[j] = min(result[j], _log_mean_exp_square(rate, scales[j] * sizes, counts) / (grid[j] - 1))
+    # Where squares would underflow nothing is gained from sampling.
+    result = np.where(scales * total < 1e-100, np.inf, result * (1 + _SLACK))
+    return np.asarray(np.fmin(result, everybody * (1 + ROUNDING)))
 
 
 def _arguments(sample_rate: float, ratios: ArrayLike, orders: ArrayLike) -> tuple[float, Floats, Floats]:

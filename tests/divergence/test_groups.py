@@ -17,6 +17,7 @@ from per_instance_accountant.divergence import (
     gaussian_rdp,
     group_gaussian_rdp,
     group_gaussian_rdp_removal,
+    groups,
     sampled_gaussian_rdp,
 )
 from per_instance_accountant.errors import UsageError
@@ -39,14 +40,17 @@ def _enumerated(q: float, ratios: NDArray[np.float64], a: float) -> mp.mpf:
         return mp.log(total) / (mp.mpf(a) - 1)
 
 
-def test_both_directions_against_enumeration() -> None:
+def test_joint_convexity_against_enumeration() -> None:
     rng = np.random.default_rng(5)
     integrated = 0
     for _ in range(120):
         ratios = 10 ** rng.uniform(-8, 1.2, int(rng.integers(1, 5)))
         q = float(10 ** rng.uniform(-9, 0)) if rng.random() < 0.6 else float(1 - 10 ** rng.uniform(-9, -0.1))
         a = float(1 + 10 ** rng.uniform(-6, 3))
-        error = float(mp.mpf(float(group_gaussian_rdp(q, ratios, a)[0])) / _enumerated(q, ratios, a) - 1)
+        error = float(
+            mp.mpf(float(groups._joint_convexity(q, ratios, np.array([a]))[0])) / _enumerated(q, ratios, a)
+            - 1
+        )
         assert error >= 0
         if math.sqrt(a * (a - 1)) * ratios.sum() <= 512:
             integrated += 1
@@ -87,6 +91,38 @@ def _covers(bound: Bound, reverse: bool, seed: int) -> bool:
 def test_covers_the_divergences_of_vectors(seed: int) -> None:
     assert _covers(group_gaussian_rdp, True, seed)
     assert _covers(group_gaussian_rdp_removal, False, seed)
+
+
+def _aligned(q: float, sizes: list[float], a: float) -> tuple[float, float]:
+    """Exact divergences of members whose vectors are parallel, with || without and without || with."""
+    z = np.arange(-40.0, 40.0 + a * sum(sizes), 0.02)
+    mixture = np.full_like(z, -np.inf)
+    for drawn in itertools.product([0, 1], repeat=len(sizes)):
+        shift = float(np.dot(drawn, sizes))
+        chance = sum(drawn) * math.log(q) + (len(sizes) - sum(drawn)) * math.log1p(-q)
+        mixture = np.logaddexp(mixture, chance - (z - shift) ** 2 / 2)
+    constant, base = math.log(0.02 / math.sqrt(2 * math.pi)), -z * z / 2
+    forward = logsumexp(a * mixture + (1 - a) * base) + constant
+    backward = logsumexp(a * base + (1 - a) * mixture) + constant
+    return float(forward / (a - 1)), float(backward / (a - 1))
+
+
+def test_high_orders_of_both_directions_cost_no_more_than_one_instance_of_all() -> None:
+    for q, sizes in ((0.01, [0.5, 0.5]), (0.1, [0.3, 0.2, 0.9]), (0.4, [1.0, 2.0])):
+        for a in (2.0, 8.0, 32.0, 64.0):
+            truth = max(_aligned(q, sizes, a))
+            left_out = -len(sizes) * math.log1p(-q)
+            bound = group_gaussian_rdp(q, sizes, a)[0]
+            together = sampled_gaussian_rdp(q, sum(sizes), a)[0, 0]
+            assert truth * (1 - 1e-9) <= bound <= max(together, left_out) * (1 + 1e-6)
+            assert a < 32 or bound < groups._joint_convexity(q, np.array(sizes), np.array([a]))[0]
+
+
+def test_law_catches_a_bound_that_leaves_a_member_out() -> None:
+    """Without || with approaches -f log(1 - q) at high orders; one member fewer lies below it."""
+    backward = _aligned(0.2, [1.0, 1.0, 1.0], 64.0)[1]
+    assert -2 * math.log1p(-0.2) < backward <= -3 * math.log1p(-0.2)
+    assert group_gaussian_rdp(0.2, [1.0, 1.0, 1.0], 64.0)[0] >= backward
 
 
 def test_the_removal_law_catches_the_sum_of_single_values() -> None:
