@@ -34,6 +34,7 @@ from per_instance_accountant import (
     Unamplified,
     WorstCase,
 )
+from per_instance_accountant.opacus_adapter import SGLD
 
 COUNT, CLIP, RATE = 61, 0.8, 0.05
 RULES: dict[str, Any] = {
@@ -92,6 +93,8 @@ def private(rank: int, folder: Path, options: dict[str, Any], inner: nn.Module) 
 def train(rank: int, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     inner = network()
     engine, model, optimizer, criterion, loader = private(rank, folder, options, inner)
+    if "langevin" in options:
+        SGLD(**options["langevin"]).drive(engine)
     where = {"path": folder / f"model-{rank}.pt", "module": model, "optimizer": optimizer}
     if options.get("load"):
         engine.load_checkpoint(**where)

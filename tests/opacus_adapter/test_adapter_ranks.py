@@ -19,6 +19,7 @@ from torch import nn
 from per_instance_accountant import Ledger, PrivacyEngine, account
 from per_instance_accountant.errors import PiaError
 from per_instance_accountant.ledger import Phase, Resume, Step, Thresholds, merge_parts
+from per_instance_accountant.opacus_adapter import SGLD
 from tests.opacus_adapter.rank_worker import CLIP, COUNT, RATE, examples, network, private
 
 CASES: dict[str, dict[str, Any]] = {
@@ -33,6 +34,10 @@ CASES: dict[str, dict[str, Any]] = {
     "unamplified": {"rule": "unamplified"},
     "budget": {"rule": "sweep", "budget": 1.5},
     "noisy": {"noise": 1000.0, "epochs": 4},
+    "langevin": {
+        "langevin": {"step_size": 1e-3, "temperature": 0.5, "power": 0.55, "offset": 4.0},
+        "epochs": 4,
+    },
     "empty": {"noise": 0.0, "batch_size": 1, "epochs": 1},
     "saved": {"save": 0},
     "continued": {"place": "saved", "load": True, "epochs": 1, "seeds": [31, 32]},
@@ -184,6 +189,27 @@ def test_only_one_rank_adds_noise_and_the_mean_is_over_all_ranks(pair):
     assert p_value(1.0) > 1e-4
     # Noise of both ranks; the mean over the draw of one rank only.
     assert p_value(0.5) < 1e-12 and p_value(4.0) < 1e-12
+
+
+def test_langevin_steps_of_two_ranks_have_the_injected_variance(pair):
+    """The world size is in the formula: what is left of a step without its drift is N(0, 2 eta T)."""
+    folder, results = pair
+    sampler = SGLD(**CASES["langevin"]["langevin"])
+    together = merged(folder / "langevin")
+    steps, weights = steps_of(together), np.array(results[0]["langevin"]["weights"])
+    left = []
+    for number, step in enumerate(steps):
+        gradients = np.array([gradient_by_hand(weights[number].tolist(), row) for row in step.positions])
+        norms = np.linalg.norm(gradients.reshape(len(gradients), weights.shape[1]), axis=1)
+        total = (np.minimum(CLIP / norms, 1.0)[:, None] * gradients).sum(axis=0)
+        eta = sampler.step_size_at(number)
+        # Sum potential: N / (rate * N) for each unit of the clipped sum.
+        drift = -eta / together.phases[0].sample_rate * total
+        left.append((weights[number + 1] - weights[number] - drift) / np.sqrt(2 * eta * sampler.temperature))
+    law, statistic = stats.chi2(np.size(left)), float(np.square(left).sum())
+    assert 2 * min(law.cdf(statistic), law.sf(statistic)) > 1e-4
+    # Without the world size in the formula the noise would have four times the variance, or a quarter.
+    assert law.cdf(4 * statistic) > 1 - 1e-12 and law.cdf(statistic / 4) < 1e-12
 
 
 def test_accounting_of_the_merged_ledger(pair):
