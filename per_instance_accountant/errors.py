@@ -43,6 +43,7 @@ CODES: Final[dict[str, str]] = {
     "PIA115": "the parts that ranks wrote do not make up one run",
     "PIA116": "parts of a run on several ranks are missing",
     "PIA117": "the part of one rank was used where the whole run is needed",
+    "PIA118": "a statistic cannot be published privately, because values depend on several instances",
     "PIA125": "too few seeds, instances or models for an interval",
     "PIA126": "the instances to forget cannot be compared with anything",
     "PIA127": "the straight line between two models means nothing",

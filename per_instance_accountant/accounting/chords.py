@@ -33,11 +33,12 @@ class ChordTables:
 
     The nodes of a table lie in ``v = ratio^2 / scale``, scale the largest squared ratio among the
     mechanisms of that rate: a noise or clip norm that changes every step needs no new table, and
-    with one mechanism the clip norm is a node.
+    with one mechanism the clip norm is a node. complete: compute all rows at once, so that no
+    instance's value depends, in its last bit, on which rows the others need.
     """
 
-    def __init__(self, phases: Iterable[Phase], orders: Array) -> None:
-        self.orders = orders
+    def __init__(self, phases: Iterable[Phase], orders: Array, *, complete: bool = False) -> None:
+        self.orders, self._complete = orders, complete
         self.grid = SensitivityGrid(bits=6, octaves=16)
         self._nodes = self.grid.nodes
         self._scale: dict[float, float] = {}
@@ -92,7 +93,7 @@ class ChordTables:
             size = self._nodes.size
             self._tables[rate] = np.zeros((size, self.orders.size)), np.zeros(size, dtype=bool)
         table, known = self._tables[rate]
-        needed = np.zeros_like(known)
+        needed = np.full_like(known, self._complete)
         needed[lower] = needed[lower + 1] = True
         new = np.flatnonzero(needed & ~known)
         if new.size:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from per_instance_accountant.accounting.chords import CHUNK, ChordTables, clip_ratio, finished
+from per_instance_accountant.accounting.compaction import needs_draws
 from per_instance_accountant.accounting.disclosures import disclosure_rdp
 from per_instance_accountant.accounting.levels import Span
 from per_instance_accountant.accounting.loss import IndividualLoss
@@ -68,11 +69,11 @@ class _Fold:
     """Running totals of the instances ``part`` while the events of a ledger go by. ``bound`` is what
     each instance is charged from step ``since`` on."""
 
-    def __init__(self, ledger: Ledger, part: slice, orders: Array, charging: str | None) -> None:
+    def __init__(self, ledger: Ledger, part: slice, orders: Array, charging: str | None, apart: bool) -> None:
         size = part.stop - part.start
         self.part, self.rule_override, self.orders = part, charging, orders
         self.same_rule = charging is None or {p.charging for p in ledger.phases} == {charging}
-        self.tables = ChordTables(ledger.phases, orders)
+        self.tables = ChordTables(ledger.phases, orders, complete=apart)
         self.rdp = np.zeros((size, len(orders)))
         self.worst = np.zeros(len(orders))
         self.squared_mu: Array | None = np.zeros(size)
@@ -303,6 +304,13 @@ def _checked_partition(partition: tuple[int, int] | None, size: int) -> slice:
 
 def _check_rule(ledger: Ledger, charging: ChargingRule | None) -> None:
     """A rule that rests on clipping at thresholds needs a ledger of a run that clipped at them."""
+    if charging is not None and needs_draws(charging.name, ledger.run.assumptions):
+        raise GuaranteeError(
+            "PIA011",
+            f"the rule {charging.name} for a compacted ledger",
+            "It charges by who was drawn, which compaction left out, so everybody would be charged too little",
+            "account(ledger) of the ledger before compaction, or charging=WorstCase()",
+        )
     if charging is None or charging.name not in _ENFORCED:
         return
     other = {p.charging for p in ledger.phases} - {charging.name}
@@ -336,13 +344,15 @@ def account(
     orders: Sequence[float] | Array | None = None,
     *,
     partition: tuple[int, int] | None = None,
+    apart: bool = False,
 ) -> IndividualLoss:
     """Individual Renyi losses of every instance over all recorded steps.
 
     ledger: an open Ledger or the path of one. charging: a rule, or None for the rule(s) of the run
     itself. orders: (m,) Renyi orders above 1, or None for ``divergence.DEFAULT_ORDERS``.
     partition: ``(start, stop)`` positions, or None for all; the parts of a data set are folded
-    independently of each other, each in about ``8 m + 40`` bytes per instance.
+    independently of each other, each in about ``8 m + 40`` bytes per instance. apart: whether no bit
+    of an instance's values may depend on other instances, as private statistics of them need.
 
     Returns an :class:`IndividualLoss` whose ``rdp`` (N, m) are upper bounds in nats, with the basis
     on which they
@@ -374,7 +384,7 @@ def account(
     ledger.require_whole()
     _check_rule(ledger, charging)
     part = _checked_partition(partition, ledger.num_instances)
-    fold = _Fold(ledger, part, _checked_orders(orders), charging.name if charging else None)
+    fold = _Fold(ledger, part, _checked_orders(orders), charging.name if charging else None, apart)
     for event in ledger.events():
         fold.take(event)
     fold.settle_all()
