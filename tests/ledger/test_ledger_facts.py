@@ -87,6 +87,18 @@ def test_thresholds_need_one_value_per_instance(writer: LedgerWriter, make: Simp
     assert refusal(writer, make.thresholds(np.ones(11))) == "PIA045"
 
 
+def test_thresholds_are_fixed_before_the_first_step_or_never(
+    writer: LedgerWriter, make: SimpleNamespace
+) -> None:
+    early = LedgerWriter.create(None, Run(num_instances=10))
+    early.append(make.phase())
+    early.append(make.thresholds(np.ones(10), "fixed"))
+    assert refusal(early, make.thresholds(np.full(10, 0.5), "fixed")) == "PIA045"
+    writer.append(make.step(1))
+    assert refusal(writer, make.thresholds(np.ones(10), "fixed")) == "PIA045"
+    writer.append(make.thresholds(np.ones(10), "sweep"))
+
+
 def test_a_forgotten_instance_is_never_drawn_again(writer: LedgerWriter, make: SimpleNamespace) -> None:
     writer.append(make.step(3))
     writer.append(make.thresholds([0, 1, 1, 0, 1, 1, 1, 1, 1, 1], "forget"))
