@@ -157,7 +157,9 @@ class Spending:
 
     def _take_drop(self, event: Drop) -> None:
         # The others' charges are as before, so nothing but the sums of the dropped needs to be settled.
-        self._settled[event.positions] += self._steps * self._charge[event.positions]
+        # Without noise a charge is infinite: nothing times that must stay nothing.
+        if self._steps:
+            self._settled[event.positions] += self._steps * self._charge[event.positions]
         self._charge[event.positions] = self._bound[event.positions] = 0.0
         self.dropped[event.positions] = True
         self._set_quiet()
