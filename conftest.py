@@ -12,7 +12,6 @@ from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipP
 
 from tests.readme.shell_lines import check, commands_in
 
-
 # Scripts that run when they are imported; tests/examples runs them where they may write.
 collect_ignore_glob = ["docs/examples/*.py"]
 

@@ -11,24 +11,24 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from per_instance_accountant import PrivacyEngine, PrivacyFilter, Sweep, audit
 
-BUDGET, DELTA = 6.0, 1e-5
+BUDGET, DELTA = 5.0, 1e-5
 
 
 def main() -> None:
     """Train until most have left; the budget is certified for everybody."""
     torch.manual_seed(0)
     pixels, labels = load_digits(return_X_y=True)
-    data = TensorDataset(torch.tensor(pixels / 16, dtype=torch.float32), torch.tensor(labels))
+    data = TensorDataset(torch.tensor(pixels / 40, dtype=torch.float32), torch.tensor(labels))
     model = torch.nn.Linear(64, 10)
     engine = PrivacyEngine(
         ledger="filtered",
-        charging=Sweep(every=15, slack=1.1),
+        charging=Sweep(every=5, slack=1.05),
         filter=PrivacyFilter(budget=BUDGET, delta=DELTA, on_spent="drop"),
         groups={"digit": labels},
     )
     model, optimizer, loader = engine.make_private(
         module=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.5),
+        optimizer=torch.optim.SGD(model.parameters(), lr=2.0),
         data_loader=DataLoader(data, batch_size=180),
         noise_multiplier=1.0,
         max_grad_norm=1.5,

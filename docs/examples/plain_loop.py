@@ -16,18 +16,18 @@ def main() -> None:
     """Train, audit, report."""
     torch.manual_seed(0)
     pixels, labels = load_digits(return_X_y=True)
-    x, y = torch.tensor(pixels / 16, dtype=torch.float32), torch.tensor(labels)
+    x, y = torch.tensor(pixels / 40, dtype=torch.float32), torch.tensor(labels)
     model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Tanh(), torch.nn.Linear(32, 10))
-    engine = PrivacyEngine(ledger="digits", charging=Sweep(every=20, slack=1.2), groups={"digit": labels})
+    engine = PrivacyEngine(ledger="digits", charging=Sweep(every=10, slack=1.1), groups={"digit": labels})
     model, optimizer, loader = engine.make_private(
         module=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.5),
+        optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
         data_loader=DataLoader(TensorDataset(x, y), batch_size=180),
         noise_multiplier=1.0,
-        max_grad_norm=1.0,
+        max_grad_norm=1.5,
         criterion=torch.nn.CrossEntropyLoss(),
     )
-    for _ in range(6):
+    for _ in range(10):
         for inputs, target in loader:
             optimizer.zero_grad()
             torch.nn.functional.cross_entropy(model(inputs), target).backward()
