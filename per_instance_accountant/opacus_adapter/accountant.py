@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -74,17 +75,24 @@ class PerInstanceAccountant(IAccountant):
     def mechanism(cls) -> str:
         return NAME
 
+    def state_dict(self, destination: Any = None) -> Any:
+        """Plain values, a copy of the history; in every version of Opacus."""
+        state = OrderedDict() if destination is None else destination
+        state["history"], state["mechanism"] = list(self.history), NAME
+        return state
+
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Replace the history by a copy of a saved one.
 
         Raises ValueError as Opacus does for a state of another accountant, UsageError PIA070 for impossible
         entries; the history is unchanged then.
         """
-        candidate = PerInstanceAccountant()
-        IAccountant.load_state_dict(candidate, state_dict)
-        if not isinstance(candidate.history, (list, tuple)):
-            _refuse("the history", type(candidate.history).__name__)
-        self.history = [_checked(entry) for entry in candidate.history]
+        if not state_dict or "history" not in state_dict or state_dict.get("mechanism") != NAME:
+            raise ValueError(f"this is no state of the accountant {NAME!r}")
+        history = state_dict["history"]
+        if not isinstance(history, (list, tuple)):
+            _refuse("the history", type(history).__name__)
+        self.history = [_checked(entry) for entry in history]
 
 
 def _checked(entry: Any) -> tuple[float, float, int]:

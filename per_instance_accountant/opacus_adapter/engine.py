@@ -25,7 +25,13 @@ from per_instance_accountant.ledger import Ledger, LedgerWriter
 from per_instance_accountant.opacus_adapter import configuration as check
 from per_instance_accountant.opacus_adapter.calibration import calibrate, split_options
 from per_instance_accountant.opacus_adapter.capture import ForwardWatch, Tracker
-from per_instance_accountant.opacus_adapter.checkpoints import CHECKPOINT_KEY, load_plain, read_anchor
+from per_instance_accountant.opacus_adapter.checkpoints import (
+    CHECKPOINT_KEY,
+    as_expected,
+    load_plain,
+    plain_mechanism,
+    read_anchor,
+)
 from per_instance_accountant.opacus_adapter.expanded import TrackedExpandedWeights
 from per_instance_accountant.opacus_adapter.ghost import install_ghost
 from per_instance_accountant.opacus_adapter.layers import check_layers
@@ -349,9 +355,10 @@ class PrivacyEngine(opacus.PrivacyEngine):
             "noise": self.tracker.sessions.state(),
             "max_grad_norm": float(self.tracker.optimizer.max_grad_norm),
         }
-        super().save_checkpoint(
-            checkpoint_dict={**(checkpoint_dict or {}), CHECKPOINT_KEY: position}, **arguments
-        )
+        with plain_mechanism(self.accountant):
+            super().save_checkpoint(
+                checkpoint_dict={**(checkpoint_dict or {}), CHECKPOINT_KEY: position}, **arguments
+            )
 
     def load_checkpoint(
         self, *, path: Any, torch_load_kwargs: dict[str, Any] | None = None, **arguments: Any
@@ -368,9 +375,12 @@ class PrivacyEngine(opacus.PrivacyEngine):
         anchor = read_anchor(checkpoint)
         self.tracker.check_boundary()
         self.tracker.recorder.resume(anchor)
+        state = checkpoint.get("privacy_accountant_state_dict", {})
         # Opacus loads with pickle allowed. What it gets here is what was just read without.
         buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
+        torch.save(
+            {**checkpoint, "privacy_accountant_state_dict": as_expected(state, self.accountant)}, buffer
+        )
         buffer.seek(0)
         loaded = super().load_checkpoint(path=buffer, **arguments)
         self.tracker.optimizer.continue_from(checkpoint[CHECKPOINT_KEY])

@@ -61,8 +61,8 @@ def norm_sampler(module: Any, kind: type) -> Sampler:
     Opacus sums float32 numbers over whole layers, which can fall short of the exact sum by more than any
     small margin.
     """
-    if kind is torch.nn.Linear:
-        return linear_norms
+    if kind in (torch.nn.Linear, torch.nn.Embedding):
+        return linear_norms if kind is torch.nn.Linear else embedding_norms
     if kind in module.NORM_SAMPLERS:
         return partial(_float64_norms, module.NORM_SAMPLERS[kind])
     functorch = module.force_functorch or kind not in module.GRAD_SAMPLERS
@@ -114,6 +114,23 @@ def linear_norms(
     if layer.bias is not None and layer.bias.requires_grad:
         norms[layer.bias] = left.sum(dim=1).norm(dim=1)
     return norms
+
+
+def embedding_norms(
+    layer: torch.nn.Embedding, activations: list[torch.Tensor], backprops: torch.Tensor
+) -> Gradients:
+    """Norms (B,) of the per-sample gradients of an embedding, in float64: signals at the same entry add up,
+    those at ``padding_idx`` vanish."""
+    _refuse_low_precision(backprops)
+    count, words = len(activations[0]), layer.num_embeddings
+    entries = activations[0].reshape(count, -1).long()
+    signals = backprops.double().reshape(entries.numel(), layer.embedding_dim)
+    rows = torch.arange(count, device=entries.device)[:, None] * words
+    kept = slice(None) if layer.padding_idx is None else (entries != layer.padding_idx).flatten()
+    places, which = torch.unique((rows + entries).flatten()[kept], return_inverse=True)
+    sums = signals.new_zeros(len(places), layer.embedding_dim).index_add(0, which, signals[kept])
+    squares = signals.new_zeros(count).index_add(0, places // words, sums.square().sum(dim=1))
+    return {layer.weight: squares.sqrt()}
 
 
 def ghost_norms(module: Any) -> torch.Tensor:

@@ -19,6 +19,16 @@ def check_layers(module: torch.nn.Module) -> None:
             "What an instance contributes would not be known exactly",
             "use a layer that keeps the order of the batch, such as an embedding with a linear layer",
         )
+    words = [
+        layer for layer in module.modules() if isinstance(layer, (torch.nn.Embedding, torch.nn.EmbeddingBag))
+    ]
+    if any(layer.max_norm is not None or layer.scale_grad_by_freq for layer in words):
+        raise UnsupportedError(
+            "PIA060",
+            "an embedding with max_norm or scale_grad_by_freq",
+            "Its forward pass changes weights without noise, or instances scale each other's gradients",
+            "Embedding(..., max_norm=None, scale_grad_by_freq=False)",
+        )
 
 
 def normalising_layers(module: torch.nn.Module) -> list[torch.nn.Module]:

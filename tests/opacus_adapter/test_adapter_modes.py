@@ -36,6 +36,7 @@ REFUSED = {
     },
     ("ghost", "flat", "autocast"): "PIA060",
 }
+UNKNOWN_BEFORE_1_6 = {("functorch", "autocast"), *((mode, "unwrapped") for mode in cells.MODES)}
 PASSED = {}
 
 
@@ -44,6 +45,8 @@ PASSED = {}
 @pytest.mark.parametrize("feature", cells.FEATURES)
 def test_a_way_of_training(mode, clipping, feature):
     cell = (mode, clipping, feature)
+    if optimizers.OLD and (mode, feature) in UNKNOWN_BEFORE_1_6:
+        pytest.skip("Opacus before 1.6 has no such way of training")
     found = cells.outcome(*cell)
     assert found == REFUSED.get(cell, "exact")
     PASSED[cell] = found
