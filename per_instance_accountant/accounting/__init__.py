@@ -1,5 +1,6 @@
 """The fold from facts to individual losses, and the charging rules it applies."""
 
+from per_instance_accountant.accounting.compaction import compact
 from per_instance_accountant.accounting.expectation import (
     ExpectedLoss,
     expectation_orders,
@@ -43,6 +44,7 @@ __all__ = [
     "account_groups",
     "account_in_parts",
     "certified_budget",
+    "compact",
     "dask_mapper",
     "expectation_orders",
     "expected_composition",

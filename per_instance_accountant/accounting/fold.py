@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from per_instance_accountant.accounting.chords import CHUNK, ChordTables, clip_ratio, finished
-from per_instance_accountant.accounting.compaction import needs_draws
+from per_instance_accountant.accounting.compaction import require_draws
 from per_instance_accountant.accounting.disclosures import disclosure_rdp
 from per_instance_accountant.accounting.levels import Span
 from per_instance_accountant.accounting.loss import IndividualLoss
@@ -304,13 +304,7 @@ def _checked_partition(partition: tuple[int, int] | None, size: int) -> slice:
 
 def _check_rule(ledger: Ledger, charging: ChargingRule | None) -> None:
     """A rule that rests on clipping at thresholds needs a ledger of a run that clipped at them."""
-    if charging is not None and needs_draws(charging.name, ledger.run.assumptions):
-        raise GuaranteeError(
-            "PIA011",
-            f"the rule {charging.name} for a compacted ledger",
-            "It charges by who was drawn, which compaction left out, so everybody would be charged too little",
-            "account(ledger) of the ledger before compaction, or charging=WorstCase()",
-        )
+    require_draws(ledger, None if charging is None else charging.name)
     if charging is None or charging.name not in _ENFORCED:
         return
     other = {p.charging for p in ledger.phases} - {charging.name}
@@ -355,14 +349,12 @@ def account(
     of an instance's values may depend on other instances, as private statistics of them need.
 
     Returns an :class:`IndividualLoss` whose ``rdp`` (N, m) are upper bounds in nats, with the basis
-    on which they
-    stand. Raises UsageError PIA070 for orders at most 1 or a partition outside the data set,
-    GuaranteeError PIA013 for a rule that the run did not
-    enforce, LedgerError for a ledger that is missing or damaged.
+    on which they stand. Raises UsageError PIA070 for orders at most 1 or a partition outside the data
+    set, GuaranteeError PIA013 for a rule that the run did not enforce, PIA011 for one that needs draws
+    and a compacted ledger, LedgerError for a ledger that is missing or damaged.
 
     Source of the step formula: Mironov, Talwar and Zhang 2019 with the instance's own bound as
-    sensitivity; chord and
-    composition are derived in ``docs/math/individual_loss.md``.
+    sensitivity; chord and composition are derived in ``docs/math/individual_loss.md``.
 
     >>> from per_instance_accountant.accounting import FixedThresholds
     >>> from per_instance_accountant.ledger.records import Phase, Run, Step, Thresholds
