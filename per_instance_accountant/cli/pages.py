@@ -84,11 +84,13 @@ def everyone_page(table: EveryoneSteps, individuals: bool) -> Page:
         "delta": delta,
         "direction": table.direction,
         "training_steps": table.training_steps,
-        "bounds": {name: int((table.bound == name).sum()) for name in table.bound_names},
+        "bounds": {name: int((table.bound_index == k).sum()) for k, name in enumerate(table.bound_names)},
         "notice": SENSITIVE,
     }
-    columns = (table.ids.tolist(), table.steps.tolist(), table.value.tolist(), table.bound.tolist())
-    rows = list(zip(*columns, strict=True)) if individuals else []
+    rows: list[tuple[object, ...]] = []
+    if individuals:
+        columns = (table.ids.tolist(), table.steps.tolist(), table.value.tolist(), table.bound.tolist())
+        rows = list(zip(*columns, strict=True))
     everyone = Table(columns=("id", "steps", "epsilon", "by"), rows=rows)
     return Page(
         head=head,
