@@ -92,5 +92,5 @@ def _needed(step: Step, clip: float) -> Step:
     """Nobody, or the one instance whose contribution says that the release held several clip norms."""
     if not step.contributions.max(initial=0.0) > clip:
         return _NOBODY
-    largest = step.contributions.argmax()[None]
+    largest = np.array([step.contributions.argmax()])
     return Step(positions=step.positions[largest], contributions=step.contributions[largest])
