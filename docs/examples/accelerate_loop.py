@@ -24,11 +24,11 @@ def main() -> None:
     engine = PrivacyEngine(accountant="rdp", ledger="digits")
     made = engine.make_private(
         module=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.5),
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.3),
         # Draws of whole steps: prepare splits them.
         data_loader=DataLoader(dataset, batch_size=90),
         noise_multiplier=1.0,
-        max_grad_norm=1.0,
+        max_grad_norm=4.0,
     )
     model, optimizer, loader = prepare(accelerator, engine, *made)
     for _ in range(3):

@@ -56,7 +56,9 @@ def main() -> None:
     dataset = Sentences()
     trainer = Trainer(model=model, args=args, train_dataset=dataset)
     thresholds = [0.25 if row % 2 else 1.0 for row in range(len(dataset))]
-    engine = PrivacyEngine(accountant="rdp", ledger="sentences", charging=FixedThresholds(thresholds=thresholds))
+    engine = PrivacyEngine(
+        accountant="rdp", ledger="sentences", charging=FixedThresholds(thresholds=thresholds)
+    )
     privacy = IndividualPrivacyCallback(engine, delta=1e-3, noise_multiplier=1.0, max_grad_norm=1.0)
     privacy.attach(trainer)
     trainer.train()

@@ -26,13 +26,13 @@ class Digits(L.LightningModule):
         return torch.nn.functional.cross_entropy(self.net(inputs), target)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.5)
+        return torch.optim.SGD(self.parameters(), lr=0.3)
 
 
 def fit(dataset: TensorDataset, epochs: int, checkpoint: str | None = None) -> PrivacyEngine:
     """Train to ``epochs`` epochs, from the beginning or from a checkpoint."""
     engine = PrivacyEngine(accountant="rdp", ledger="digits", charging=Sweep(every=30, slack=1.2))
-    privacy = IndividualPrivacyCallback(engine, noise_multiplier=1.0, max_grad_norm=1.0)
+    privacy = IndividualPrivacyCallback(engine, noise_multiplier=1.0, max_grad_norm=4.0)
     trainer = L.Trainer(
         max_epochs=epochs,
         accumulate_grad_batches=2,

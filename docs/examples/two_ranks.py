@@ -27,10 +27,10 @@ def main() -> None:
     engine = PrivacyEngine(accountant="rdp", ledger="parts", charging=Sweep(every=20), rank_timeout=60)
     model, optimizer, loader = engine.make_private(
         module=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.5),
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.3),
         data_loader=DataLoader(dataset, batch_size=60),
         noise_multiplier=1.0,
-        max_grad_norm=1.0,
+        max_grad_norm=4.0,
     )
     for epoch in range(2):
         loader.batch_sampler.set_epoch(epoch)

@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from per_instance_accountant import (
     FixedThresholds,
+    LastSeen,
     PrivacyEngine,
     PrivacyFilter,
     Sweep,
@@ -40,6 +41,7 @@ COUNT, CLIP, RATE = 61, 0.8, 0.05
 RULES: dict[str, Any] = {
     "worst_case": WorstCase,
     "unamplified": Unamplified,
+    "last_seen": LastSeen,
     "fixed": lambda: FixedThresholds(thresholds=[0.1 + 0.01 * i for i in range(COUNT)]),
     "sweep": lambda: Sweep(every=4, slack=1.1),
 }

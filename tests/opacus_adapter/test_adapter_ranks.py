@@ -32,6 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
     "split ghost": {"noise": 0.0, "physical": 3, "mode": "ghost", "epochs": 1, "workers": 1},
     "sweep": {"noise": 0.0, "rule": "sweep"},
     "unamplified": {"rule": "unamplified"},
+    "last seen": {"rule": "last_seen", "epochs": 1},
     "budget": {"rule": "sweep", "budget": 1.5},
     "noisy": {"noise": 1000.0, "epochs": 4},
     "langevin": {
@@ -225,6 +226,7 @@ def test_accounting_of_the_merged_ledger(pair):
     assert (2 * squares < loss.worst_case_rdp).any() and (squares > 0).any()
     with pytest.raises(PiaError, match=r"PIA"):
         account(Ledger.open(folder / "unamplified" / "run" / "rank-0"))
+    assert account(merged(folder / "last seen")).basis.name == "ESTIMATE"
     budget = account(merged(folder / "budget"))
     assert budget.certified_budget is not None
     assert float(budget.certified_epsilon(1e-2).max()) <= 1.5
