@@ -19,6 +19,7 @@ from per_instance_accountant.errors import UsageError
 
 if TYPE_CHECKING:
     from per_instance_accountant.audit.budget import BudgetAudit
+    from per_instance_accountant.report import Released
     from per_instance_accountant.unlearning import EveryoneSteps
 
 DeltaOption = Annotated[float, typer.Option("--delta", help="Between 0 and 1.")]
@@ -59,6 +60,10 @@ def report(
     evidence: Annotated[
         str | None, typer.Option("--evidence", metavar="FILE", help="JSON of what an evaluation measured.")
     ] = None,
+    release_epsilon: Annotated[
+        float | None,
+        typer.Option("--release-epsilon", metavar="EPS", help="shareable: spend this on a noisy histogram."),
+    ] = None,
     charging: ChargingOption = Charging.AS_TRAINED,
     output_format: FormatOption = Format.TABLE,
 ) -> None:
@@ -68,6 +73,7 @@ def report(
     from per_instance_accountant.results.files import write_private
 
     measured = None if evidence is None else Evidence.load(evidence)
+    released = _release(ledger, release_epsilon, delta, audience)
     result = audit(ledger, delta, charging=rule_of(charging))
     page = report_html(
         result,
@@ -76,10 +82,30 @@ def report(
         by=by,
         everyone=_everyone(result, target_epsilon, order, target_delta, charging),
         evidence=measured,
+        released=released,
     ).encode()
     write_private(output, page)
     written = {"report": output, "audience": audience.value, "bytes": len(page)}
     emit(Page(head=[], tables=[Table.of([written])], document=written), output_format)
+
+
+def _release(ledger: str, epsilon: float | None, delta: float, audience: Readers) -> Released | None:
+    """Half of epsilon for the histogram, half for the median; charged in the ledger before anything is
+    shown."""
+    if epsilon is None:
+        return None
+    if audience is not Readers.SHAREABLE:
+        raise UsageError(
+            "PIA070",
+            "--release-epsilon was given for an internal page, which shows exact values",
+            "Nothing was released and nothing was charged",
+            "--audience shareable --release-epsilon 0.5",
+        )
+    from per_instance_accountant.audit.release import release_histogram, release_quantiles
+    from per_instance_accountant.report import Released
+
+    counts = release_histogram(ledger, epsilon / 2, delta=delta)
+    return Released(histogram=counts, quantiles=release_quantiles(ledger, epsilon / 2, [0.5], delta=delta))
 
 
 def _everyone(

@@ -53,10 +53,9 @@ def trajectories(
     for event in _followed(ledger, np.asarray(chosen), charging):
         running.take(event)
         if isinstance(event, Step) and running.steps in places:
-            worst = running.metrics(delta)["privacy/epsilon_worst"]
-            values = running.epsilons(delta)[:-1]
-            levels = np.quantile(values, list(SHARES.values()), method="higher")
-            rows.append((worst, *levels.tolist()))
+            rows.append(_levels(running, delta))
+    # What came after the last step, such as released statistics, belongs to its end.
+    rows[-1] = _levels(running, delta)
     worst_case, *quantiles = zip(*rows, strict=True)
     return Trajectories(
         steps=(0, *stops.tolist()),
@@ -64,6 +63,13 @@ def trajectories(
         quantiles={name: (0.0, *values) for name, values in zip(SHARES, quantiles, strict=True)},
         followed=len(chosen),
     )
+
+
+def _levels(running: RunningLoss, delta: float) -> tuple[float, ...]:
+    """The worst case and the quantiles now, without the instance that stands for all others."""
+    worst = running.metrics(delta)["privacy/epsilon_worst"]
+    levels = np.quantile(running.epsilons(delta)[:-1], list(SHARES.values()), method="higher")
+    return (worst, *levels.tolist())
 
 
 def _followed(ledger: Ledger, chosen: NDArray[np.int64], charging: str | None) -> Iterator[Event]:

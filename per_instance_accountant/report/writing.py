@@ -13,6 +13,7 @@ from per_instance_accountant.errors import UsageError
 from per_instance_accountant.report import sections
 from per_instance_accountant.report.evidence import Evidence
 from per_instance_accountant.report.page import Number, Page, render
+from per_instance_accountant.report.released import Released, released_histogram
 from per_instance_accountant.report.sections import Section
 from per_instance_accountant.report.trajectories import trajectories
 from per_instance_accountant.results.files import write_private
@@ -69,6 +70,7 @@ def report_html(
     by: str | None = None,
     everyone: EveryoneSteps | None = None,
     evidence: Evidence | None = None,
+    released: Released | None = None,
     title: str = "Individual privacy budgets",
     created: datetime.datetime | None = None,
 ) -> str:
@@ -77,15 +79,20 @@ def report_html(
     audience: ``internal`` (figures of individual values) or ``shareable`` (no ids, no individual values,
     groups of at least 50, and of one grouping only). budget: epsilon that instances are compared with. by:
     the grouping to show; None shows all of them to an internal reader and none to others. everyone: of
-    ``plan_everyone``, for the steps to unlearn. evidence: what an evaluation measured. created: the time to
-    state, now for None.
+    ``plan_everyone``, for the steps to unlearn. evidence: what an evaluation measured. released: statistics
+    with differential privacy, made before the audit; the only ones of individual values that a shareable page
+    shows. created: the time to state, now for None.
 
     Raises UsageError PIA070 for an unknown audience or a budget below 0, PIA071 for an unknown grouping, or
     for steps of more instances than the audit has.
     """
     readers = _checked(audit, audience, budget, by, everyone)
     internal = readers is Audience.INTERNAL
-    shown = list((_internal if internal else _shareable)(audit, budget, by, everyone, evidence))
+    if internal:
+        shown = list(_internal(audit, budget, by, everyone))
+    else:
+        shown = list(_shareable(audit, by, released))
+    shown += _measured(evidence)
     page = Page(
         title=title,
         subtitle=f"{len(audit.ids)} instances, {audit.num_steps} steps, delta {audit.delta:g}",
@@ -141,11 +148,7 @@ def _refused(code: str, happened: str, fix: str) -> UsageError:
 
 
 def _internal(
-    audit: BudgetAudit,
-    budget: float | None,
-    by: str | None,
-    everyone: EveryoneSteps | None,
-    evidence: Evidence | None,
+    audit: BudgetAudit, budget: float | None, by: str | None, everyone: EveryoneSteps | None
 ) -> Iterator[Section]:
     yield sections.epsilon_histogram(audit, budget)
     # One rule is that of the run or replaced it; several are the run's own.
@@ -159,20 +162,14 @@ def _internal(
             yield section
     if everyone is not None:
         yield sections.steps_to_unlearn(everyone)
-    yield from _measured(evidence)
 
 
-def _shareable(
-    audit: BudgetAudit,
-    budget: float | None,
-    by: str | None,
-    everyone: EveryoneSteps | None,
-    evidence: Evidence | None,
-) -> Iterator[Section]:
+def _shareable(audit: BudgetAudit, by: str | None, released: Released | None) -> Iterator[Section]:
+    if released is not None:
+        yield released_histogram(released)
     section = None if by is None else sections.group_means(audit, by)
     if section is not None:
         yield section
-    yield from _measured(evidence)
 
 
 def _measured(evidence: Evidence | None) -> Iterator[Section]:
@@ -187,8 +184,8 @@ def _absent(
 ) -> Iterator[str]:
     if not internal:
         yield (
-            "Histogram, quantiles and trajectories of individual epsilons, and steps to unlearn: they "
-            "show individual values."
+            "Exact histogram, quantiles and trajectories of individual epsilons, and steps to unlearn: they "
+            "show individual values. A noisy histogram can be bought: pia report --release-epsilon EPS."
         )
     elif everyone is None:
         yield "Steps to unlearn: no target was given (pia report --target-epsilon 0.1 --order 8)."

@@ -49,6 +49,7 @@ def test_a_shareable_report_names_nobody(pia: Pia, ledger: Path, tmp_path: Path)
     [
         (("--audience", "public"), 2),
         (("--order", "8"), 2),
+        (("--release-epsilon", "0.5"), 2),
         (("--evidence", "missing.json"), 2),
         (("--by", "nothing"), 2),
         (("--output", "missing/report.html"), 2),

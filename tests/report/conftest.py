@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -15,14 +17,14 @@ ASSUMPTIONS = {"smoothness": 1.0, "clipping_never_binds": True, "individual_thre
 HOSTILE = ["<script>alert(1)</script>", '"><img src=x>', "=1+1", "\u202eevil", "a" * 60]
 
 
-def make_ledger(size: int = N, steps: int = STEPS, seed: int = 0) -> Ledger:
+def make_ledger(size: int = N, steps: int = STEPS, seed: int = 0, folder: Path | None = None) -> Ledger:
     generator = np.random.default_rng(seed)
     thresholds = np.sort(generator.uniform(0.02, 1.0, size)).astype(np.float32)
     # A few groups, of which the last is too small to be shown to everybody.
     label = np.array(HOSTILE)[np.minimum(np.arange(size) * 4 // size + (np.arange(size) >= size - 9), 4)]
     ids = np.array([f"person-{i:05d}" for i in range(size)])
     run = Run(num_instances=size, ids=ids, groups={"label": label, "person": ids}, assumptions=ASSUMPTIONS)
-    writer = LedgerWriter.create(None, run)
+    writer = LedgerWriter.create(folder, run)
     writer.append(
         Phase(
             kind="train",
@@ -40,7 +42,10 @@ def make_ledger(size: int = N, steps: int = STEPS, seed: int = 0) -> Ledger:
     for _ in range(steps):
         drawn = np.flatnonzero(generator.random(size) < 0.1)
         writer.append(Step(positions=drawn, contributions=thresholds[drawn]))
-    return writer.ledger()
+    if folder is None:
+        return writer.ledger()
+    writer.close()
+    return Ledger.open(folder)
 
 
 @pytest.fixture(scope="session")

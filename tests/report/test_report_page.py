@@ -20,12 +20,14 @@ import pytest
 from per_instance_accountant import LastSeen, WorstCase, audit
 from per_instance_accountant.accounting import account
 from per_instance_accountant.audit.budget import BudgetAudit
+from per_instance_accountant.audit.release import release_histogram, release_quantiles
 from per_instance_accountant.errors import UsageError
 from per_instance_accountant.ledger import Ledger
 from per_instance_accountant.report import (
     BarrierEvidence,
     ClaimEvidence,
     Evidence,
+    Released,
     report_html,
     sections,
     writing,
@@ -332,3 +334,23 @@ def test_sixty_thousand_instances_take_little_more_than_their_fold() -> None:
     page = report_html(result)
     assert time.process_time() - before < 5.0
     assert len(page.encode()) < 400_000
+
+
+def released_for(ledger: Path) -> Released:
+    return Released(
+        histogram=release_histogram(ledger, 0.25), quantiles=release_quantiles(ledger, 0.25, [0.5])
+    )
+
+
+def test_released_statistics_are_paid_for_and_said(tmp_path: Path) -> None:
+    before = audit(make_ledger(folder=tmp_path / "run"))
+    released = released_for(tmp_path / "run")
+    after = audit(tmp_path / "run")
+    assert after.worst_case > before.worst_case
+    page = report_html(after, audience="shareable", released=released)
+    text = "".join(parsed(page).text)
+    assert breaches(page) == [] and leaks(page, after) == []
+    assert "differential privacy for epsilon 0.5" in text and rounded_up(after.worst_case_tight) in text
+    # The trajectories end with what was paid after the last step.
+    paths = trajectories(Ledger.open(tmp_path / "run"), after.epsilon, after.delta)
+    assert paths is not None and after.worst_case * (1 - 1e-9) <= paths.worst[-1] <= after.worst_case * 1.06
