@@ -21,7 +21,8 @@ from per_instance_accountant.unlearning.bounds.interface import Bound, Measure, 
 from per_instance_accountant.unlearning.bounds.schedule import Schedule
 from per_instance_accountant.unlearning.bounds.shifted_lsi import Curve, ShiftedLsi, orders_below, tabulated
 from per_instance_accountant.unlearning.bounds.subsampled import Subsampled, subsampled_from
-from per_instance_accountant.unlearning.chain import Mechanism, TrainingChain
+from per_instance_accountant.unlearning.chain import TrainingChain
+from per_instance_accountant.unlearning.mechanism import Mechanism
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -37,7 +38,9 @@ class Facts:
     def data_processing(self) -> DataProcessing:
         """R0, which every other bound may start from."""
         chain = self.chain
-        return data_processing_from(chain.counts, chain.amplification_rates, chain.ratios, self.measure)
+        return data_processing_from(
+            chain.counts, chain.amplification_rates, chain.ratios, self.measure, disclosed=chain.disclosed
+        )
 
     def schedule(self) -> Schedule:
         """Shifts, noise and contraction per step on the iterate, each rounded to the safe side."""
@@ -111,6 +114,12 @@ def _no_hidden_state(facts: Facts) -> str | None:
     return "a filter's decisions depend on the models so far, so a step depends on more than the parameters"
 
 
+def _nothing_published(facts: Facts) -> str | None:
+    if not facts.chain.disclosed:
+        return None
+    return f"{len(facts.chain.disclosed)} statistics of individual values were published, beside the model"
+
+
 def _every_update_known(facts: Facts) -> str | None:
     if facts.chain.public_steps == 0:
         return None
@@ -173,6 +182,7 @@ def _clipping_never_binds(facts: Facts) -> str | None:
 CONTRACTION: Final[tuple[Requirement, ...]] = (
     _one_state,
     _one_branch,
+    _nothing_published,
     _no_hidden_state,
     _every_update_known,
     _contraction_known,
@@ -201,7 +211,12 @@ def _projected(facts: Facts) -> str | None:
     return None
 
 
-DISTANCE: Final[tuple[Requirement, ...]] = (_steps_have_one_state, _one_branch, _projected)
+DISTANCE: Final[tuple[Requirement, ...]] = (
+    _steps_have_one_state,
+    _one_branch,
+    _nothing_published,
+    _projected,
+)
 BALL: Final[tuple[Requirement, ...]] = (*DISTANCE, _no_hidden_state)
 """R6 allows any two maps with clipped gradients; R5 needs the same kernel in both worlds."""
 

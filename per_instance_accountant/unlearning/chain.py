@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final
@@ -11,10 +10,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from per_instance_accountant.accounting import Basis, ChargingRule, FixedThresholds, WorstCase
+from per_instance_accountant.accounting.compaction import KEY as COMPACTED
 from per_instance_accountant.errors import GuaranteeError
 from per_instance_accountant.ledger import Ledger
-from per_instance_accountant.ledger.records import Event, Phase, PublicStep, Resume, Step, Thresholds
+from per_instance_accountant.ledger.records import (
+    Disclosure,
+    Drop,
+    Event,
+    Filter,
+    Phase,
+    PublicStep,
+    Resume,
+    Step,
+    Thresholds,
+)
 from per_instance_accountant.unlearning.filtering import FilterReplay, MemberBudgets
+from per_instance_accountant.unlearning.mechanism import Mechanism
 
 Array = NDArray[np.float64]
 
@@ -23,38 +34,6 @@ _FLOAT32: Final = 1 + 2.0**-23
 _REACHED: Final = 1 - 1e-5
 _NOTHING: Final = float(np.finfo(np.float32).tiny)
 _SLACK: Final = 1 + 1e-6
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mechanism:
-    """One noisy step: ``theta <- theta - learning_rate * ((sum of clipped gradients + N(0, noise_std^2)) /
-    denominator + weight_decay * theta)`` over a batch drawn at ``sample_rate``, with ``theta`` projected onto
-    a ball before it where ``projection_radius`` is stated."""
-
-    learning_rate: float
-    denominator: float
-    noise_std: float
-    sampling: str
-    sample_rate: float
-    weight_decay: float
-    max_grad_norm: float
-    optimizer: str
-    momentum: float
-    projection_radius: float | None
-
-    @classmethod
-    def of(cls, phase: Phase) -> Mechanism:
-        """The mechanism of a phase."""
-        return cls(**{name: getattr(phase, name) for name in cls.__slots__})
-
-    def agrees_with(self, other: Mechanism) -> bool:
-        """Equal up to the rounding of numbers that were divided and multiplied back (1e-14 relative)."""
-        pairs = [(getattr(self, name), getattr(other, name)) for name in self.__slots__]
-        numbers = (int, float)
-        return all(
-            math.isclose(a, b, rel_tol=1e-14) if isinstance(a, numbers) and isinstance(b, numbers) else a == b
-            for a, b in pairs
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -69,7 +48,7 @@ class TrainingChain:
     clipped at (within 1e-5), and that lie above the clip norm. largest_contribution: of anybody, recorded.
     hidden_state: whether a filter's decisions followed from the course of training, so that the parameters
     are not the whole state; budgets: what that filter promises to the members. public_steps: updates from
-    public data, without noise.
+    public data, without noise. disclosed: epsilons of published statistics of individual values.
     """
 
     counts: NDArray[np.int64]
@@ -87,6 +66,7 @@ class TrainingChain:
     hidden_state: bool = False
     budgets: MemberBudgets | None = None
     public_steps: int = 0
+    disclosed: tuple[float, ...] = ()
 
     @property
     def num_steps(self) -> int:
@@ -134,7 +114,7 @@ def training_chain(
 
     charging: None for the rule of the run, or WorstCase() for the clip norm. Raises GuaranteeError PIA012
     when the thresholds are not certified, PIA011 when a recorded contribution or a drop contradicts them,
-    PIA117 for the part of one rank, LedgerError for damage.
+    or the ledger was compacted, PIA117 for the part of one rank, LedgerError for damage.
     """
     return _read(ledger, positions, charging, first, stop).chain()
 
@@ -194,21 +174,33 @@ def _read(
     stop: int | None,
 ) -> _Reading:
     ledger.require_whole()
+    _refuse_compacted(ledger)
     reading = _Reading(ledger.num_instances, np.asarray(positions, dtype=np.int64), charging)
     end = ledger.num_steps if stop is None else stop
-    for event in _until(ledger.events(), end):
+    for event in _until(ledger.events(), end, to_the_end=stop is None):
         reading.take(event, count=reading.steps >= first)
     return reading
 
 
-def _until(events: Iterator[Event], steps: int) -> Iterator[Event]:
-    """Events up to and including step number ``steps``, and the public steps before the next one."""
+def _refuse_compacted(ledger: Ledger) -> None:
+    if COMPACTED in (ledger.run.assumptions or {}):
+        raise GuaranteeError(
+            "PIA011",
+            "the ledger was compacted: it does not say who was drawn and what was clipped",
+            "Nothing recorded could contradict what the bounds assume",
+            "plan with the ledger that it was made from",
+        )
+
+
+def _until(events: Iterator[Event], steps: int, *, to_the_end: bool) -> Iterator[Event]:
+    """Events up to and including step number ``steps``; ``to_the_end``: and what the model and the public saw
+    after it."""
     seen = 0
     for event in events:
-        if seen >= steps and isinstance(event, Step):
-            return
-        if seen < steps or isinstance(event, PublicStep):
+        if seen < steps or (to_the_end and isinstance(event, PublicStep | Disclosure)):
             yield event
+        elif not to_the_end:
+            return
         seen += isinstance(event, Step)
 
 
@@ -226,6 +218,7 @@ class _Reading:
         self.forgotten = np.zeros(num_instances, dtype=np.bool_)
         self.requests: list[tuple[int, NDArray[np.bool_]]] = []
         self.steps = self.abandoned = self.public = 0
+        self.disclosed: list[float] = []
         self.filter = FilterReplay()
         self.open_span = False
         self.counts: list[int] = []
@@ -251,6 +244,15 @@ class _Reading:
             self._resume(event)
         elif isinstance(event, PublicStep):
             self.public += event.count
+        elif isinstance(event, Disclosure):
+            self.disclosed.append(event.epsilon)
+        elif not isinstance(event, Filter | Drop):
+            raise GuaranteeError(
+                "PIA011",
+                f"the ledger holds a {type(event).__name__}, which the bounds know nothing of",
+                "Whatever it reveals would be missing from the plan",
+                "plan with the version of the package that wrote the ledger",
+            )
 
     def _thresholds(self, event: Thresholds) -> None:
         values = event.values.astype(np.float64)
@@ -371,4 +373,5 @@ class _Reading:
             hidden_state=self.filter.hidden,
             budgets=self.filter.promise(self.positions),
             public_steps=self.public,
+            disclosed=tuple(self.disclosed),
         )

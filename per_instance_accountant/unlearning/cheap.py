@@ -13,7 +13,8 @@ from per_instance_accountant.ledger import Phase
 from per_instance_accountant.unlearning.applicable import Facts, applicable
 from per_instance_accountant.unlearning.assumptions import Assumptions
 from per_instance_accountant.unlearning.bounds.interface import Measure, require
-from per_instance_accountant.unlearning.chain import Mechanism, TrainingChain
+from per_instance_accountant.unlearning.chain import TrainingChain
+from per_instance_accountant.unlearning.mechanism import Mechanism
 from per_instance_accountant.unlearning.planner import Question
 
 _HALVINGS: Final = 24

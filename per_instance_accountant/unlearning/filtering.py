@@ -100,15 +100,17 @@ class FilterReplay:
         return bool(left.size)
 
     def promise(self, positions: NDArray[np.int64]) -> MemberBudgets | None:
-        """The budgets of ``positions``, with earlier steps of unlearning on top; None without a filter.
+        """The budgets of ``positions``, with what was not filtered on top; None if nothing is promised.
 
         Raises GuaranteeError PIA011 if the recorded steps exceed them.
         """
         if self._spending is None:
             return None
+        if not self._spending.kept():
+            raise _contradicted("somebody spent more than the budget")
         promised = promised_by(self._spending)
         if promised is None:
-            raise _contradicted("somebody spent more than the budget")
+            return None
         return MemberBudgets(
             family=promised.family, orders=promised.orders[positions], budgets=promised.budgets[positions]
         )

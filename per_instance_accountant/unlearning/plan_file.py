@@ -25,7 +25,7 @@ from per_instance_accountant.unlearning.canonical import (
     read_bytes,
     unreadable,
 )
-from per_instance_accountant.unlearning.chain import Mechanism
+from per_instance_accountant.unlearning.mechanism import Mechanism
 
 FORMAT: Final = 2
 _SAFE_INTEGER: Final = 2**53 - 1

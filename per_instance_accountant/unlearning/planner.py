@@ -25,7 +25,8 @@ from per_instance_accountant.unlearning.applicable import (
 from per_instance_accountant.unlearning.assumptions import Assumptions
 from per_instance_accountant.unlearning.bounds.interface import MAX_STEPS, REFERENCE, Bound, Measure, require
 from per_instance_accountant.unlearning.canonical import ACCOUNTING_VERSION, software_versions
-from per_instance_accountant.unlearning.chain import Mechanism, TrainingChain, training_chain
+from per_instance_accountant.unlearning.chain import TrainingChain, training_chain
+from per_instance_accountant.unlearning.mechanism import Mechanism
 from per_instance_accountant.unlearning.plan_file import InstanceSteps, UnlearningPlan
 
 

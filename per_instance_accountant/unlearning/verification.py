@@ -25,8 +25,9 @@ from per_instance_accountant.unlearning.certificate import (
     predicate_digest,
     seal_text,
 )
-from per_instance_accountant.unlearning.chain import Mechanism, training_chain
+from per_instance_accountant.unlearning.chain import training_chain
 from per_instance_accountant.unlearning.execution import Execution, read_execution
+from per_instance_accountant.unlearning.mechanism import Mechanism
 from per_instance_accountant.unlearning.plan_file import UnlearningPlan, plan_digest
 from per_instance_accountant.unlearning.signing import signature_problem
 

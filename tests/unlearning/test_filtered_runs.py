@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from per_instance_accountant.accounting import account, compact
 from per_instance_accountant.accounting.spending import Spending
-from per_instance_accountant.divergence import gaussian_delta
+from per_instance_accountant.divergence import gaussian_delta, group_gaussian_rdp
 from per_instance_accountant.errors import GuaranteeError
 from per_instance_accountant.ledger import (
+    Disclosure,
     Drop,
     Filter,
     LedgerWriter,
@@ -250,3 +252,39 @@ def test_the_part_of_one_rank_plans_nothing():
                 writer.ledger(),
                 **{"target_epsilon": 0.1, "order": 8} | ({"ids": [0]} if attempt is plan else {}),
             )
+
+
+def test_published_statistics_are_paid_for_and_end_what_hides():
+    """What individual values reveal beside the model is charged to every member, and nothing contracts it."""
+    for events in (
+        [Disclosure(kind="histogram", epsilon=0.3)],
+        [Disclosure(kind="quantiles", epsilon=0.1)] * 2,
+    ):
+        writer = LedgerWriter.create(None, Run(num_instances=N, assumptions=KNOWN))
+        writer.append(phase())
+        for _ in range(5):
+            writer.append(NOBODY)
+        ask = {"order": 8, "max_steps": 50, "projection_radius": 0.1}
+        before = [plan(writer.ledger(), ids, 1e-9, **ask) for ids in ([0], [0, 1])]
+        own = [account(writer.ledger(), orders=[8.0]).rdp[0, 0]]
+        for event in events:
+            writer.append(event)
+        after = [plan(writer.ledger(), ids, 1e-9, **ask) for ids in ([0], [0, 1])]
+        own.append(account(writer.ledger(), orders=[8.0]).rdp[0, 0])
+        assert after[0].value == pytest.approx(own[1], rel=1e-9) and own[1] > own[0]
+        group = group_gaussian_rdp(1.0, np.full(2, 0.25), np.array([8.0]))[0] * 5
+        paid = sum(min(2 * e.epsilon, 4 * (2 * e.epsilon) ** 2) for e in events)
+        assert after[1].value == pytest.approx(group + paid, rel=1e-9)
+        assert before[0].value < own[0] and {after[0].bound, after[1].bound} == {"R0 data processing"}
+        reasons = {row.bound: row.reason for row in after[0].not_applicable}
+        assert all(
+            "published" in reasons[n] for n in (*CONTRACTIVE, "R5 bounded domain", "R6 clipped gradients")
+        )
+        everyone = plan_everyone(writer.ledger(), 1e-9, **ask)
+        assert (everyone.value >= after[0].value * (1 - 1e-12)).all()
+
+
+def test_a_compacted_ledger_plans_nothing():
+    small = compact(filtered().ledger(), None)
+    with pytest.raises(GuaranteeError, match="PIA011"):
+        plan(small, [0], 0.1, order=8, assumptions=KNOWN)

@@ -9,6 +9,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from per_instance_accountant.accounting.disclosures import disclosure_rdp
 from per_instance_accountant.divergence import DEFAULT_ORDERS, group_gaussian_rdp, sampled_gaussian_rdp
 from per_instance_accountant.errors import UsageError
 from per_instance_accountant.unlearning.bounds.interface import MAX_STEPS, Bound, Measure, require
@@ -21,7 +22,7 @@ class DataProcessing(Bound):
     """Composition of all training steps: ``sum_t D_order(rate_t, ratios_t)``, the same for every K.
 
     counts, rates: (S,) spans of equal steps; ratios: (S, f) sensitivity over noise std, one column per
-    member.
+    member. disclosed: epsilons, for one member, of statistics that were published beside the model.
     """
 
     name: ClassVar[str] = "R0 data processing"
@@ -30,6 +31,7 @@ class DataProcessing(Bound):
     counts: Array
     rates: Array
     ratios: Array
+    disclosed: tuple[float, ...] = ()
     direction: str = "both"
 
     def rdp(self, steps: int, orders: Array) -> Array:
@@ -42,6 +44,8 @@ class DataProcessing(Bound):
         for rate in np.unique(self.rates).tolist():
             rows = self.rates == rate
             total += self.counts[rows] @ _step_rdp(rate, self.ratios[rows], orders)
+        for epsilon in self.disclosed:
+            total += disclosure_rdp(epsilon * self.ratios.shape[1], orders)
         return total * (1 + 1e-12)
 
     def mu(self, steps: int) -> float | None:
@@ -57,7 +61,7 @@ class DataProcessing(Bound):
 
     def _gaussian(self) -> float | None:
         total = self.ratios.sum(axis=1)
-        if np.any((self.rates < 1) & (total > 0)):
+        if self.disclosed or np.any((self.rates < 1) & (total > 0)):
             return None
         return math.sqrt(float(self.counts @ total**2)) * (1 + 1e-12)
 
@@ -79,12 +83,18 @@ def _step_rdp(rate: float, ratios: Array, orders: Array) -> Array:
     return values
 
 
-def data_processing_from(counts: ArrayLike, rates: Array, ratios: Array, measure: Measure) -> DataProcessing:
+def data_processing_from(
+    counts: ArrayLike, rates: Array, ratios: Array, measure: Measure, disclosed: tuple[float, ...] = ()
+) -> DataProcessing:
     """R0 for spans; equal spans are merged."""
     keys, inverse = np.unique(np.column_stack([rates, ratios]), axis=0, return_inverse=True)
     merged = np.bincount(inverse.ravel(), weights=np.asarray(counts, dtype=np.float64), minlength=len(keys))
     return DataProcessing(
-        measure=measure, counts=merged.astype(np.float64), rates=keys[:, 0], ratios=keys[:, 1:]
+        measure=measure,
+        counts=merged.astype(np.float64),
+        rates=keys[:, 0],
+        ratios=keys[:, 1:],
+        disclosed=disclosed,
     )
 
 
