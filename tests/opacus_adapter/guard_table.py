@@ -85,9 +85,9 @@ def missing() -> list[str]:
 
 HEADER = """# Guards
 
-Written by `WRITE_TABLES=1 pytest tests/opacus_adapter/test_adapter_guard_table.py`; do not edit. Every line has
-a test of that name in `tests/opacus_adapter/`. Where nothing else is said, the error comes before anything is
-added, written or released.
+Written by `WRITE_TABLES=1 pytest tests/opacus_adapter/test_adapter_guard_table.py`; do not edit. Every
+line has a test of that name in `tests/opacus_adapter/`. Where nothing else is said, the error comes before
+anything is added, written or released.
 
 | the loop or its script | stock Opacus | here | test |
 |---|---|---|---|
