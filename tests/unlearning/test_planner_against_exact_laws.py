@@ -153,7 +153,7 @@ def test_no_plan_is_below_the_exact_divergence(size):
     """Both directions, an order and a delta; no noise, no learning, changed clips, drops, requests."""
     rng = np.random.default_rng(77 + size)
     checked, tight = 0, []
-    for _ in range(40):
+    for _ in range(40 if size == 1 else 24):
         members, steps = list(range(size)), int(rng.integers(0, 6))
         course = random_course(rng, members, steps)
         spread = course.means.max(initial=0) - course.means.min(initial=0)
@@ -166,7 +166,7 @@ def test_no_plan_is_below_the_exact_divergence(size):
         epsilon = value(course, members, steps, target_delta=1e-3)
         assert math.isinf(epsilon) or exact_delta(course, epsilon) <= 1e-3 * (1 + 1e-3)
         tight.append(claimed / exact if exact > 1e-9 else math.nan)
-    assert checked > 20
+    assert checked > 15
     assert np.nanmedian(tight) < 3 and np.nanmin(tight) < 1.01
 
 
