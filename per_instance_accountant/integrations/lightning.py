@@ -201,7 +201,7 @@ def trained_module(module: torch.nn.Module, optimizer: torch.optim.Optimizer) ->
     return module
 
 
-def _refuse_settings(trainer: L.Trainer) -> None:
+def _refuse_settings(trainer: Any) -> None:
     found = {
         "Trainer(devices=1): the loader draws for one process": not isinstance(
             trainer.strategy, SingleDeviceStrategy

@@ -81,10 +81,11 @@ class IndividualPrivacyCallback(TrainerCallback, ExportableState):
             )
         _refuse_settings(trainer)
         parts = trainer.args.gradient_accumulation_steps
-        trainer.model.train()
+        model: Any = trainer.model
+        model.train()
         trainer.create_optimizer()
         _, optimizer, loader = self.engine.make_private(
-            module=trainer.model,
+            module=model,
             optimizer=trainer.optimizer,
             data_loader=_plain_loader(trainer, parts),
             criterion=_own_loss,
@@ -100,9 +101,10 @@ class IndividualPrivacyCallback(TrainerCallback, ExportableState):
         else:
             trainer.compute_loss_func = _InstanceMean(trainer.compute_loss_func)
         trainer.model_accepts_loss_kwargs = False
-        trainer.model.register_forward_pre_hook(_TicketHook(desk), with_kwargs=True, prepend=True)
+        model.register_forward_pre_hook(_TicketHook(desk), with_kwargs=True, prepend=True)
         tickets = TicketLoader(split_evenly(loader, parts), desk, stand_in(loader, optimizer))
-        trainer.get_train_dataloader = lambda: tickets
+        # On the object, which the Trainer asks for its loader; its class stays as it is.
+        vars(trainer)["get_train_dataloader"] = lambda: tickets
         trainer.optimizer = self._optimizer = optimizer
         # First, so that loggers see what it adds to the log.
         others = [callback for callback in trainer.callback_handler.callbacks if callback is not self]

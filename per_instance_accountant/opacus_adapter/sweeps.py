@@ -85,7 +85,7 @@ def _batch_norms(
             "let the data set return (*inputs, target) or a dict, or use charging=WorstCase()",
         )
     parameters = optimizer.params
-    core = inner_module(getattr(module, "_module", module))
+    core: Any = inner_module(getattr(module, "_module", module))
     for p in core.parameters():
         p.grad = p.grad_sample = None
     # Only their wrapper can run expanded weights; the other modes are hooks on the module itself.
