@@ -37,6 +37,7 @@ Floats = NDArray[np.float64]
 
 _ORDERS: Final = np.array(DEFAULT_ORDERS)
 _CHUNK: Final = 4096
+_SMALLEST_RATE: Final = 1e-150
 _LARGEST_RATIO: Final = 60.0
 """Above it only the conversion of the RDP is used."""
 
@@ -73,7 +74,9 @@ def _checked(sample_rate: ArrayLike, ratios: ArrayLike, counts: ArrayLike) -> tu
     costly = (r > 0) & (rates > 0)
     infinite = (n[:, costly & np.isinf(r)] > 0).any(axis=1)
     used = costly & np.isfinite(r) & (n > 0).any(axis=0)
-    return _Runs(counts=n[:, used], rates=rates[used], ratios=r[used], infinite=np.asarray(infinite)), single
+    # The loss grows with the rate, and 1 / rate must be representable.
+    raised = np.maximum(rates[used], _SMALLEST_RATE)
+    return _Runs(counts=n[:, used], rates=raised, ratios=r[used], infinite=np.asarray(infinite)), single
 
 
 @np.errstate(all="ignore")

@@ -293,3 +293,9 @@ def test_tabulated_moments_equal_mpmath(add: bool) -> None:
             ours = np.exp(line.log_moment[0, m] - line.log_moment[0, 0].real)
             exact = complex(value / mp.exp(mp.mpf(float(line.log_moment[0, 0].real))))
             assert abs(ours - exact) <= line.error[0] + 1e-15
+
+
+def test_rates_whose_inverse_overflows_are_raised() -> None:
+    for rate in (5e-324, 1e-300, 1e-200):
+        tiny = sampled_gaussian_epsilon(rate, [0.5], [[1000]], 5e-324)
+        assert 0 <= tiny[0] <= sampled_gaussian_epsilon(1e-20, [0.5], [[1000]], 5e-324)[0]
