@@ -52,7 +52,7 @@ class Facts:
         return Schedule(
             shifts=np.repeat(shifts, per_step, axis=0),
             noise_std=np.repeat(noise, per_step),
-            contraction=np.repeat(_factors(self.assumptions, chain.mechanisms), per_step),
+            contraction=np.repeat(self._factors(chain.mechanisms), per_step),
             rates=np.repeat(chain.amplification_rates, per_step),
             tail=self.tail(),
         )
@@ -62,26 +62,26 @@ class Facts:
         m = self.mechanism
         if m is None:
             return Tail(noise_std=0.0, contraction=1.0)
-        return Tail(noise_std=_noise(m), contraction=float(_factors(self.assumptions, (m,))[0]))
+        return Tail(noise_std=_noise(m), contraction=float(self._factors((m,))[0]))
+
+    def _factors(self, mechanisms: tuple[Mechanism, ...]) -> Array:
+        def column(name: str) -> Array:
+            return np.array([getattr(m, name) for m in mechanisms], dtype=np.float64)
+
+        # A filter may have dropped everybody who is drawn, also from a full batch.
+        empty = [self.chain.filtered or (m.sampling == "poisson" and m.sample_rate < 1) for m in mechanisms]
+        return contraction_factors(
+            self.assumptions,
+            learning_rate=column("learning_rate"),
+            weight_decay=column("weight_decay"),
+            denominator=column("denominator"),
+            batch_may_be_empty=np.array(empty, dtype=np.bool_),
+        )
 
 
 def _noise(m: Mechanism) -> float:
     """Noise std of one step on the iterate, rounded down."""
     return m.learning_rate * m.noise_std / m.denominator * (1 - 1e-15)
-
-
-def _factors(assumptions: Assumptions, mechanisms: tuple[Mechanism, ...]) -> Array:
-    def column(name: str) -> Array:
-        return np.array([getattr(m, name) for m in mechanisms], dtype=np.float64)
-
-    empty = np.array([m.sampling == "poisson" and m.sample_rate < 1 for m in mechanisms], dtype=np.bool_)
-    return contraction_factors(
-        assumptions,
-        learning_rate=column("learning_rate"),
-        weight_decay=column("weight_decay"),
-        denominator=column("denominator"),
-        batch_may_be_empty=empty,
-    )
 
 
 def contraction_of(facts: Facts) -> float | None:

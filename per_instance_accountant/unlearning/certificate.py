@@ -34,6 +34,8 @@ CONDITIONS: Final = (
     "Deletion requests do not depend on a released model: for requests that do, the guarantee needs"
     " differential privacy of the retained data as well.",
     "The number of steps was not chosen by the accuracy or the loss on the forgotten instances.",
+    "The schedule of training (number of steps, rates, noise, clip norms, learning rates) did not depend on"
+    " its course: early stopping and plateau schedules are not covered.",
 )
 """What the claim rests on outside the ledger; every plan and certificate states it."""
 

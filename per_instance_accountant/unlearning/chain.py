@@ -46,9 +46,10 @@ class TrainingChain:
     (S,): whether those came from measured norms. abandoned_steps: steps of branches that a resume left
     behind. at_threshold, above_clip: recorded contributions of anybody that reached the threshold they were
     clipped at (within 1e-5), and that lie above the clip norm. largest_contribution: of anybody, recorded.
-    hidden_state: whether a filter's decisions followed from the course of training, so that the parameters
-    are not the whole state; budgets: what that filter promises to the members. public_steps: updates from
-    public data, without noise. disclosed: epsilons of published statistics of individual values.
+    filtered: whether a filter was in force; hidden_state: whether its decisions followed from the course of
+    training, so that the parameters are not the whole state; budgets: what it promises to the members.
+    public_steps: updates from public data, without noise. disclosed: epsilons of published statistics of
+    individual values.
     """
 
     counts: NDArray[np.int64]
@@ -63,6 +64,7 @@ class TrainingChain:
     largest_contribution: float
     num_instances: int
     last_training: Mechanism | None
+    filtered: bool = False
     hidden_state: bool = False
     budgets: MemberBudgets | None = None
     public_steps: int = 0
@@ -370,6 +372,7 @@ class _Reading:
             largest_contribution=self.largest_contribution,
             num_instances=self.num_instances,
             last_training=None if self.last_training is None else Mechanism.of(self.last_training),
+            filtered=self.filter.active,
             hidden_state=self.filter.hidden,
             budgets=self.filter.promise(self.positions),
             public_steps=self.public,

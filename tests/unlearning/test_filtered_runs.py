@@ -288,3 +288,17 @@ def test_a_compacted_ledger_plans_nothing():
     small = compact(filtered().ledger(), None)
     with pytest.raises(GuaranteeError, match="PIA011"):
         plan(small, [0], 0.1, order=8, assumptions=KNOWN)
+
+
+def test_curvature_of_those_who_may_all_have_left_is_not_counted():
+    """Strong convexity of a full batch says nothing of an empty one."""
+    stated = KNOWN | {"convexity": 0.9}
+    whole = LedgerWriter.create(None, Run(num_instances=N))
+    whole.append(phase())
+    for _ in range(STEPS):
+        whole.append(NOBODY)
+    free = plan(whole.ledger(), [5], 1e-4, order=8, assumptions=stated)
+    left = plan(filtered(affords=(10,) * N).ledger(), [5], 1e-4, order=8, assumptions=stated)
+    everyone = plan_everyone(filtered(affords=(10,) * N).ledger(), 1e-4, order=8, assumptions=stated)
+    assert everyone.steps[5] >= left.steps > 0
+    assert free.contraction < left.contraction == pytest.approx(1 - 0.2 * 0.5, rel=1e-9)
