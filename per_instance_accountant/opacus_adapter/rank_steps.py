@@ -159,6 +159,8 @@ def prepare_sweep(
 
 def check_rule_over_ranks(setting: Setting) -> None:
     """Raise UnsupportedError PIA060 for what a rank cannot know from its own draws."""
+    if setting.grad_sample_mode not in ("hooks", "functorch", "ghost"):
+        refuse_ranks(f"grad_sample_mode={setting.grad_sample_mode!r} on several processes")
     if setting.kind != "train":
         refuse_ranks("unlearning over several processes")
     if setting.budget is not None and isinstance(setting.charging, Unamplified):

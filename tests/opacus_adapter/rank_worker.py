@@ -73,6 +73,7 @@ def private(rank: int, folder: Path, options: dict[str, Any], inner: nn.Module) 
         ledger=folder / "run",
         charging=RULES[options.get("rules", [options.get("rule")] * 9)[rank] or "worst_case"](),
         filter=None if budget is None else PrivacyFilter(budget=budget, delta=1e-2),
+        verify=options.get("verify", "off"),
         rank_timeout=options.get("timeout", 30.0),
     )
     made = engine.make_private(

@@ -29,8 +29,9 @@ CASES: dict[str, dict[str, Any]] = {
     "ddp": {"noise": 0.0, "wrap": "ddp"},
     "ddp ghost": {"noise": 0.0, "wrap": "ddp", "mode": "ghost", "rule": "sweep"},
     "split": {"noise": 0.0, "physical": 3, "rule": "fixed"},
+    "functorch": {"noise": 0.0, "mode": "functorch", "wrap": "ddp", "verify": "first_step", "epochs": 1},
     "split ghost": {"noise": 0.0, "physical": 3, "mode": "ghost", "epochs": 1, "workers": 1},
-    "sweep": {"noise": 0.0, "rule": "sweep"},
+    "sweep": {"noise": 0.0, "rule": "sweep", "verify": "every_step"},
     "unamplified": {"rule": "unamplified"},
     "last seen": {"rule": "last_seen", "epochs": 1},
     "budget": {"rule": "sweep", "budget": 1.5},
@@ -51,6 +52,7 @@ CASES: dict[str, dict[str, Any]] = {
     "full disk": {"event": {"rank": 0, "step": 3, "what": "full"}},
     "split ddp": {"wrap": "ddp", "physical": 3},
     "budget alone": {"rule": "unamplified", "budget": 3.0},
+    "expanded": {"mode": "ew"},
     "shuffled": {"rule": "unamplified", "poisson": False},
 }
 
@@ -283,6 +285,7 @@ REFUSED = {
     "split ddp": ("PIA060", "PIA060"),
     "budget alone": ("PIA060", "PIA060"),
     "shuffled": ("PIA060", "PIA060"),
+    "expanded": ("PIA060", "PIA060"),
 }
 
 
