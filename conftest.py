@@ -10,7 +10,10 @@ from typing import Any
 from sybil import Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 
+from tests.canary import nothing_about_a_person_is_said
 from tests.readme.shell_lines import check, commands_in
+
+__all__ = ["nothing_about_a_person_is_said"]
 
 # Scripts that run when they are imported; tests/examples runs them where they may write.
 collect_ignore_glob = ["docs/examples/*.py"]
