@@ -31,10 +31,12 @@ Levels = tuple[Floats, Floats]
 
 _LADDER: Final = 2.0 ** (np.arange(-18, 41) / 3)
 """The abscissas that are used."""
-_NODES: Final = (36, 144, 1024, 8100)
+_NODES: Final = (36, 144, 1024, 8100, 32400)
 """Nodes by effort; squares."""
 _BLURRED: Final = 3
 """From this effort on a Gaussian step of negligible size is composed, which bounds the rest."""
+_BLUR_TO: Final = 1e-7
+"""What the Gaussian step leaves of what lies beyond the nodes."""
 _EDGES: Final = np.append(1.6 ** np.arange(33), np.inf)
 """Blocks of frequencies beyond the nodes, relative to the first one left out."""
 _CHERNOFF: Final = _LADDER * np.log(_LADDER) - (1 + _LADDER) * np.log1p(_LADDER)
@@ -42,11 +44,13 @@ _CHERNOFF: Final = _LADDER * np.log(_LADDER) - (1 + _LADDER) * np.log1p(_LADDER)
 _GROUP: Final = 8
 """Levels tabulated together, whichever of them a run uses: tables then serve later runs bit for bit."""
 _CACHED_BYTES: Final = 1 << 28
+_FEW_LEVELS: Final = 24
+"""Up to so many levels the tables of the last effort are worth their seconds."""
 _AT_ONCE: Final = 1 << 22
 """Amplitudes held at once."""
 _ATTEMPTS: Final = 10
 _COSTLY: Final = 6
-"""Attempts with the last effort."""
+"""Attempts with such a step."""
 _WASTE: Final = 4e-6
 _ALIAS: Final = 3e-5
 """A bound is tight enough when what was added changed it, and an alias delta, by no more than this,
@@ -67,6 +71,13 @@ class Tail:
     amplitude: NDArray[np.complex128]
     log_scale: Floats
     added: Floats
+    blur: float = 0.0
+    """Squared mean of the Gaussian step that was composed."""
+
+    @property
+    def shift(self) -> float:
+        """By about how much that step raises epsilon."""
+        return self.blur * (self.abscissa + 0.5)
 
     def at(self, epsilon: Floats) -> tuple[Floats, Floats, Floats]:
         """log delta, its slope in epsilon, and the share of delta that was added; epsilon (n,), each
@@ -91,23 +102,27 @@ class Tail:
 def make_tail(
     counts: Floats, levels: Levels, abscissa: float, depth: float, effort: int, *, add: bool
 ) -> Tail:
-    """The bound on one line for runs with counts (n, k); depth: about ``-log delta``; effort: 0 .. 3."""
+    """The bound on one line for runs with counts (n, k); depth: about ``-log delta``; effort: 0 .. 4."""
     count = _NODES[effort]
     used = np.flatnonzero((counts > 0).any(axis=0))
     counts = counts[:, used]
     spacing = 2 * math.pi * abscissa / (20 + 2 * depth)
     line = _line(levels, used, (abscissa, spacing, count, add))
     nodes, edges = line.nodes, spacing * count * _EDGES
-    blur = (6.5 / edges[0]) ** 2 if effort >= _BLURRED else 0.0
+    decay = counts @ line.log_decay(edges)
+    # sum of spacing / w^2 over the nodes from an edge on is at most 1 / (edge - spacing).
+    share = 1 / (math.pi * (edges[:-1] - spacing))
+    blur = 0.0
+    if effort >= _BLURRED:
+        blur = 2 * max(math.log(max((np.exp(decay) @ share).max(), 1e-300) / _BLUR_TO), 0.0) / edges[0] ** 2
     log_moment = (counts @ line.log_moment.real) + 1j * (counts @ line.log_moment.imag)
     log_moment += 0.5 * blur * (nodes * nodes + nodes)
     log_scale = log_moment[:, 0].real.copy()
     weight = np.where(nodes.imag > 0, spacing / math.pi, spacing / (2 * math.pi)) / (nodes * (nodes + 1))
-    # sum of spacing / w^2 over the nodes from an edge on is at most 1 / (edge - spacing).
-    decay = np.exp(counts @ line.log_decay(edges) - 0.5 * blur * edges[:-1] ** 2)
-    truncated = decay @ (1 / (math.pi * (edges[:-1] - spacing)))
+    truncated = np.exp(decay - 0.5 * blur * edges[:-1] ** 2) @ share
     size = counts @ np.abs(line.log_moment).max(axis=1) + 4 * depth * abs(nodes[-1]) / abscissa + 64
-    inexact = np.expm1(counts @ line.error + 4 * UNIT * (used.size + count + 16) * size)
+    # Sums over the levels, and over the nodes in two stages of at most the root of their number.
+    inexact = np.expm1(counts @ line.error + 4 * UNIT * (used.size + 2 * math.isqrt(count) + 16) * size)
     return Tail(
         abscissa=abscissa,
         period=2 * math.pi / spacing,
@@ -115,6 +130,7 @@ def make_tail(
         amplitude=np.exp(log_moment - log_scale[:, None]) * weight,
         log_scale=log_scale,
         added=(truncated + inexact * np.abs(weight).sum()) * (1 + 1e-9),
+        blur=blur,
     )
 
 
@@ -198,7 +214,8 @@ def tail_delta(counts: Floats, rates: Floats, ratios: Floats, start: Floats, eps
         log_value, _, share = tail.at(target)
         value = np.exp(log_value + 1e-11)
         value = np.where(np.isfinite(value), np.maximum(value, np.nextafter(0.0, 1.0)), np.inf)
-        return _Found(value=value, epsilon=target, log_delta=log_value, waste=share)
+        waste = share + tail.shift * tail.abscissa
+        return _Found(value=value, epsilon=target, log_delta=log_value, waste=waste)
 
     # Powers of 2, so that few tables are made.
     depth = 2.0 ** np.ceil(np.log2(5 - np.log(np.maximum(start, 1e-290))))
@@ -244,6 +261,7 @@ class _Search:
 
     def __init__(self, counts: Floats, levels: Levels, depth: Floats, *, add: bool) -> None:
         self.counts, self.levels, self.depth, self.add = counts, levels, depth, add
+        self.last = len(_NODES) - (1 if levels[0].size <= _FEW_LEVELS else 2)
         self.moments = counts @ _ladder(levels[0].tobytes(), levels[1].tobytes(), add)
 
     def run(self, rung: NDArray[np.int64], first: Floats, floor: Floats, solve: Solve) -> Floats:
@@ -260,13 +278,13 @@ class _Search:
             for j, (height, work, depth) in enumerate(kinds):
                 rows = pending[place.ravel() == j]
                 c = float(_LADDER[int(height)])
-                costly[rows] += int(work) == len(_NODES) - 1
+                costly[rows] += int(work) >= _BLURRED
                 for part in np.array_split(rows, math.ceil(rows.size * _NODES[int(work)] / _AT_ONCE)):
                     tail = make_tail(self.counts[part], self.levels, c, float(depth), int(work), add=self.add)
                     found = solve(tail, part)
                     result[part] = np.minimum(result[part], found.value)
                     rung[part], effort[part] = self._next(part, tail, found, int(height), int(work))
-            open_runs = (effort[pending] < len(_NODES)) & (rung[pending] >= 0) & (costly[pending] < _COSTLY)
+            open_runs = (effort[pending] <= self.last) & (rung[pending] >= 0) & (costly[pending] < _COSTLY)
             pending = pending[open_runs & (result[pending] > floor[pending])]
         return result
 
@@ -274,9 +292,10 @@ class _Search:
         self, rows: NDArray[np.intp], tail: Tail, found: _Found, rung: int, effort: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Rung and effort to try next; an effort beyond the last one: nothing is left to gain."""
-        last = len(_NODES) - 1
+        last = self.last
         loose, known = ~(found.waste <= _WASTE), np.isfinite(found.epsilon)
-        aliased = ~(self._alias(rows, tail, found) <= _ALIAS)
+        # An alias raises epsilon by about its share over the abscissa.
+        aliased = ~(self._alias(rows, tail, found) <= _ALIAS * min(1.0, tail.abscissa))
         saddle = _saddle(self.moments[rows], np.where(known, found.epsilon, 0.0))
         lower = np.where(aliased, np.minimum(rung - 1, saddle), saddle)
         goal = np.where(known, lower, rung - 4)
@@ -317,9 +336,8 @@ def _invert(tail: Tail, start: Floats, floor: Floats, log_delta: float) -> tuple
         log_value, slope, share = tail.at(epsilon)
         log_value = log_value + 1e-11
         holds = (log_value <= log_delta) & (epsilon <= certified)
-        raised = (
-            -np.log1p(-np.minimum(share, 1 - 1e-9)) / np.maximum(-slope, 1e-9) / np.maximum(epsilon, 1e-4)
-        )
+        raised = -np.log1p(-np.minimum(share, 1 - 1e-9)) / np.maximum(-slope, 1e-9) + tail.shift
+        raised /= np.clip(epsilon, 1e-4, 2.0)
         certified, waste = np.where(holds, epsilon, certified), np.where(holds, raised, waste)
         low, high = np.where(holds, low, np.maximum(low, epsilon)), np.where(holds, epsilon, high)
         free |= holds & (epsilon <= floor)
