@@ -37,6 +37,7 @@ def statement_text(audit: BudgetAudit) -> str:
         *_mechanism(audit),
         f"Released: all {audit.num_steps} noisy updates, hence every checkpoint and the final model. An "
         "observer may see all of them and know all other rows.",
+        *_published(audit),
         "Not covered: hyperparameter search, statistics of the data used for preprocessing, data used before "
         "or after this run, floating-point and timing side channels.",
         f"The worst case is epsilon {rounded_up(audit.worst_case)} at delta {audit.delta:g}: CERTIFIED. It "
@@ -70,6 +71,17 @@ def _mechanism(audit: BudgetAudit) -> list[str]:
     if len({(p.noise_std, p.max_grad_norm, p.amplification_rate) for p in audit.phases}) > 1:
         lines.append("Noise, clip norm or rate changed: the numbers hold if the schedule was fixed before.")
     return lines
+
+
+def _published(audit: BudgetAudit) -> list[str]:
+    found = () if audit.ledger is None else audit.ledger.disclosures
+    if not found:
+        return []
+    total = rounded_up(sum(one.epsilon for one in found))
+    return [
+        f"Published beside training: {len(found)} statistics of individual losses with differential privacy, "
+        f"epsilon {total} together, which every number below includes."
+    ]
 
 
 def _filtered(audit: BudgetAudit) -> list[str]:

@@ -46,6 +46,7 @@ class Progress:
         self.num_steps = 0
         self.num_public_steps = 0
         self.phases: list[Phase] = []
+        self.disclosures: list[Disclosure] = []
         self.abandoned: list[tuple[int, int]] = []
         """Disjoint rising half-open intervals of step numbers that some Resume left behind."""
         self.pending = False
@@ -95,6 +96,7 @@ class Progress:
         self._phase_at, self._phase_stale, self.pending = self.num_steps, False, False
 
     def _apply_disclosure(self, event: Disclosure) -> None:
+        self.disclosures.append(event)
         self.pending = False
 
     def _check_thresholds(self, event: Thresholds) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from per_instance_accountant.errors import GuaranteeError, PlanError, UsageError
 from per_instance_accountant.ledger.frames import damaged
-from per_instance_accountant.ledger.records import Event, Phase, Run, is_hex
+from per_instance_accountant.ledger.records import Disclosure, Event, Phase, Run, is_hex
 from per_instance_accountant.ledger.storage import Source, directory_source
 from per_instance_accountant.ledger.walk import DIGEST_PREFIX, RunningDigest, Walk, walk_to_end
 
@@ -106,6 +106,8 @@ class Ledger:
         self.forgotten: Final = progress.forgotten
         """(N,) bool, instances that a deletion request excluded."""
         self.phases: Final[tuple[Phase, ...]] = tuple(progress.phases)
+        self.disclosures: Final[tuple[Disclosure, ...]] = tuple(progress.disclosures)
+        """Statistics of the individual losses that were published and are charged to everybody."""
         self.num_public_steps: Final = progress.num_public_steps
         """Updates on public data, which cost nobody anything and are no steps."""
         self.merge: Final = walk.merge

@@ -351,6 +351,8 @@ def test_released_statistics_are_paid_for_and_said(tmp_path: Path) -> None:
     text = "".join(parsed(page).text)
     assert breaches(page) == [] and leaks(page, after) == []
     assert "differential privacy for epsilon 0.5" in text and rounded_up(after.worst_case_tight) in text
+    assert "Published beside training: 2 statistics" in after.statement()
+    assert "Published beside" not in before.statement()
     # The trajectories end with what was paid after the last step.
     paths = trajectories(Ledger.open(tmp_path / "run"), after.epsilon, after.delta)
     assert paths is not None and after.worst_case * (1 - 1e-9) <= paths.worst[-1] <= after.worst_case * 1.06
