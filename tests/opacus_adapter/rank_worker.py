@@ -146,6 +146,8 @@ def happen(what: str, x: torch.Tensor, engine: Any) -> None:
 
     if what == "die":
         os._exit(9)
+    if what == "die in the sum":
+        dist.all_reduce = lambda *_, **__: os._exit(9)
     if what == "sleep":
         time.sleep(60)
     if what == "nan":

@@ -305,12 +305,15 @@ def test_a_step_that_one_rank_could_not_write_is_released_by_none(pair):
     assert not ledger.confirmed
 
 
-def test_a_lost_rank_leaves_readable_parts_and_a_clear_error(tmp_path):
-    first, second = start(tmp_path, {"die": {"event": {"rank": 1, "step": 3, "what": "die"}}}, timeout=60)
+@pytest.mark.parametrize("what", ["die", "die in the sum"])
+def test_a_lost_rank_leaves_readable_parts_and_a_clear_error(tmp_path, what):
+    first, second = start(tmp_path, {"die": {"event": {"rank": 1, "step": 3, "what": what}}}, timeout=90)
     assert second == {}
     assert "PIA102: a process ended" in first["die"]["error"] and first["die"]["seconds"] < 20
     ledger = merged(tmp_path / "die")
     assert ledger.num_steps == 4 and not ledger.confirmed
+    assert ledger.merge is not None
+    assert ledger.merge.num_incomplete_steps == (1 if what == "die" else 0)
     assert account(ledger).num_steps == 4
 
 
