@@ -12,10 +12,12 @@ from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from zlib import crc32
 
 import numpy as np
 import pytest
+import rfc8785
 
 from per_instance_accountant.errors import LedgerError
 from per_instance_accountant.ledger import Ledger, LedgerWriter, Run, frames
@@ -285,6 +287,12 @@ def sealed_with_key(sample: SimpleNamespace, kind: int, payload: bytes) -> bytes
     return bytes(sample.log + frames.seal(sample.key, previous, kind, len(sample.ends), payload)[0])
 
 
+def merge_payload(**changes: Any) -> bytes:
+    sound = {"world_size": 2, "ranks": [0, 1], "incomplete": [[1, 2]], "confirmed": False}
+    text = rfc8785.dumps(sound | changes)
+    return struct.pack("<I", len(text)) + text
+
+
 @pytest.mark.parametrize(
     ("kind", "payload"),
     [
@@ -307,6 +315,26 @@ def sealed_with_key(sample: SimpleNamespace, kind: int, payload: bytes) -> bytes
         (frames.RESUME, b'{"at_step":' + b"9" * 5000 + b"}"),
         (frames.RESUME, b'{"at_step":NaN}'),
         (frames.RESUME, b"\xff\xfe"),
+        (frames.PUBLIC, b'{"count":0}'),
+        (frames.PUBLIC, b'{"count":true}'),
+        (frames.PUBLIC, b"{}"),
+        (frames.DISCLOSURE, b'{"epsilon":0,"kind":"histogram"}'),
+        (frames.DISCLOSURE, b'{"epsilon":-1,"kind":"histogram"}'),
+        (frames.DISCLOSURE, b'{"epsilon":"1","kind":"histogram"}'),
+        (frames.DISCLOSURE, b'{"epsilon":1,"kind":"everything"}'),
+        (frames.MERGE, merge_payload(ranks=[1, 0])),
+        (frames.MERGE, merge_payload(ranks=[0, 2])),
+        (frames.MERGE, merge_payload(ranks=[])),
+        (frames.MERGE, merge_payload(ranks=[True, 1])),
+        (frames.MERGE, merge_payload(incomplete=[[1, 9]])),
+        (frames.MERGE, merge_payload(incomplete=[[1, 2], [0, 1]])),
+        (frames.MERGE, merge_payload(incomplete=[[1, 1]])),
+        (frames.MERGE, merge_payload(incomplete=[[1]])),
+        (frames.MERGE, merge_payload(confirmed=1)),
+        (frames.MERGE, merge_payload(world_size=2.5)),
+        (frames.MERGE, merge_payload(more=1)),
+        (frames.MERGE, merge_payload() + b"x"),
+        (frames.MERGE, b""),
         (frames.PHASE, b"{}"),
         (frames.PHASE, b"null"),
         (frames.MARK, b"x"),
@@ -331,6 +359,12 @@ def test_a_well_sealed_frame_with_another_number_is_refused(
 def test_well_sealed_sense_is_accepted(make: SimpleNamespace, sample: SimpleNamespace) -> None:
     log = sealed_with_key(sample, frames.STEP, struct.pack("<If", 3, 1.0))
     assert make.opened(sample.key, log).num_steps == sample.ledger.num_steps + 1
+    merged = make.opened(sample.key, sealed_with_key(sample, frames.MERGE, merge_payload()))
+    assert merged.merge.incomplete == ((1, 2),) and merged.merge.missing_ranks == ()
+    public = make.opened(sample.key, sealed_with_key(sample, frames.PUBLIC, b'{"count":3}'))
+    assert public.num_public_steps == 3
+    disclosed = sealed_with_key(sample, frames.DISCLOSURE, b'{"epsilon":1,"kind":"histogram"}')
+    assert list(make.opened(sample.key, disclosed).events())[-1].epsilon == 1.0
 
 
 def replaced(old: bytes, new: bytes) -> Callable[[bytes, bytes], tuple[bytes, bytes]]:

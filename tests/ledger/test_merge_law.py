@@ -429,3 +429,33 @@ def test_public_steps_are_recorded_and_cost_nobody_anything() -> None:
             written(Run(num_instances=N), events)
     with pytest.raises(UsageError, match="PIA070"):
         PublicStep(count=0)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(events=courses(), seed=st.integers(0, 99))
+def test_losses_follow_their_instances_bit_by_bit(events: list[Event], seed: int) -> None:
+    """Instances in another order, and the instances of a step in another order: the same bits."""
+    place = np.random.default_rng(seed).permutation(N)
+    moved = [relabelled(event, place) for event in events]
+    here, there = (written(Run(num_instances=N), course) for course in (events, moved))
+    first, second = account(here, orders=ORDERS), account(there, orders=ORDERS)
+    assert second.rdp[place].tobytes() == first.rdp.tobytes()
+
+
+def relabelled(event: Event, place: Any) -> Event:
+    """The event after instance i has become instance ``place[i]``."""
+    if isinstance(event, Step):
+        return Step(positions=place[event.positions], contributions=event.contributions)
+    if isinstance(event, Drop):
+        return Drop(positions=place[event.positions])
+    if isinstance(event, Thresholds):
+        return replace(event, values=event.values[np.argsort(place)])
+    return event
+
+
+def test_the_law_of_relabelling_catches_losses_left_behind() -> None:
+    place = np.roll(np.arange(N), 1)
+    events = [make_phase("unamplified"), step_of([0], 1.0)]
+    moved = [relabelled(event, place) for event in events]
+    first, second = (account(written(Run(num_instances=N), e), orders=ORDERS).rdp for e in (events, moved))
+    assert second[place].tobytes() == first.tobytes() != second.tobytes()
