@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -72,34 +72,56 @@ def _levels(running: RunningLoss, delta: float) -> tuple[float, ...]:
     return (worst, *levels.tolist())
 
 
-def _followed(ledger: Ledger, chosen: NDArray[np.int64], charging: str | None) -> Iterator[Event]:
+class _Followed:
     """The events as they concern the chosen, who become 0..k-1. Instance k stands for all others, so that a
     contribution above the clip norm is seen whoever made it."""
-    place = np.full(ledger.num_instances, -1, dtype=np.int64)
-    place[chosen] = np.arange(len(chosen))
-    other_rule = charging is not None and {phase.charging for phase in ledger.phases} != {charging}
+
+    def __init__(self, ledger: Ledger, chosen: NDArray[np.int64], charging: str | None) -> None:
+        self.chosen, self.charging = chosen, charging
+        self.place = np.full(ledger.num_instances, -1, dtype=np.int64)
+        self.place[chosen] = np.arange(len(chosen))
+        self.same_rule = charging is None or {phase.charging for phase in ledger.phases} == {charging}
+
+    def phase(self, event: Phase) -> Phase:
+        return replace(event, charging=self.charging or event.charging)
+
+    def thresholds(self, event: Thresholds) -> Thresholds:
+        others = np.float32(event.values.max(initial=0.0))
+        return replace(event, values=np.append(event.values[self.chosen], others))
+
+    def step(self, event: Step) -> Step:
+        where = self.place[event.positions]
+        known = where >= 0
+        others = np.float32(event.contributions[~known].max(initial=0.0))
+        return Step(
+            positions=np.append(where[known], len(self.chosen)),
+            contributions=np.append(event.contributions[known], others),
+        )
+
+    def drop(self, event: Drop) -> Drop | None:
+        """Another rule need not know when somebody left, and goes on charging."""
+        left = self.place[event.positions]
+        left = left[left >= 0]
+        return replace(event, positions=left) if self.same_rule and left.size else None
+
+    def nothing(self, event: Filter) -> None:
+        """A budget charges nobody."""
+
+
+_SEEN: Final[dict[type[Event], Callable[[_Followed, Any], Event | None]]] = {
+    Phase: _Followed.phase,
+    Thresholds: _Followed.thresholds,
+    Step: _Followed.step,
+    Drop: _Followed.drop,
+    Filter: _Followed.nothing,
+}
+"""Other events concern everybody alike."""
+
+
+def _followed(ledger: Ledger, chosen: NDArray[np.int64], charging: str | None) -> Iterator[Event]:
+    followed = _Followed(ledger, chosen, charging)
     for event in ledger.events():
-        if isinstance(event, Step):
-            yield _step(event, place, len(chosen))
-        elif isinstance(event, Thresholds):
-            values = np.append(event.values[chosen], np.float32(event.values.max(initial=0.0)))
-            yield replace(event, values=values)
-        elif isinstance(event, Phase):
-            yield replace(event, charging=charging or event.charging)
-        elif isinstance(event, Drop):
-            left = place[event.positions]
-            # Another rule need not know when somebody left, and goes on charging.
-            if not other_rule and (left >= 0).any():
-                yield replace(event, positions=left[left >= 0])
-        elif not isinstance(event, Filter):
-            yield event
-
-
-def _step(event: Step, place: NDArray[np.int64], phantom: int) -> Step:
-    where = place[event.positions]
-    known = where >= 0
-    rest: Any = event.contributions[~known]
-    return Step(
-        positions=np.append(where[known], phantom),
-        contributions=np.append(event.contributions[known], np.float32(rest.max(initial=0.0))),
-    )
+        seen = _SEEN.get(type(event))
+        kept = event if seen is None else seen(followed, event)
+        if kept is not None:
+            yield kept

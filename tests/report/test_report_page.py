@@ -22,7 +22,7 @@ from per_instance_accountant.accounting import account
 from per_instance_accountant.audit.budget import BudgetAudit
 from per_instance_accountant.audit.release import release_histogram, release_quantiles
 from per_instance_accountant.errors import UsageError
-from per_instance_accountant.ledger import Ledger
+from per_instance_accountant.ledger import Drop, Filter, Ledger, LedgerWriter, Phase, Run, Step, Thresholds
 from per_instance_accountant.report import (
     BarrierEvidence,
     ClaimEvidence,
@@ -356,3 +356,38 @@ def test_released_statistics_are_paid_for_and_said(tmp_path: Path) -> None:
     # The trajectories end with what was paid after the last step.
     paths = trajectories(Ledger.open(tmp_path / "run"), after.epsilon, after.delta)
     assert paths is not None and after.worst_case * (1 - 1e-9) <= paths.worst[-1] <= after.worst_case * 1.06
+
+
+def test_whoever_left_pays_no_more_in_the_trajectories() -> None:
+    """A run whose upper half left after ten of thirty steps ends where its audit ends."""
+    writer = LedgerWriter.create(None, Run(num_instances=40))
+    writer.append(Filter(family="renyi", orders=np.full(40, 8.0), budgets=np.full(40, 50.0)))
+    writer.append(
+        Phase(
+            kind="train",
+            sampling="poisson",
+            sample_rate=0.1,
+            noise_std=1.0,
+            max_grad_norm=1.0,
+            charging="fixed_thresholds",
+            denominator=4.0,
+            learning_rate=0.1,
+        )
+    )
+    writer.append(Thresholds(values=np.linspace(0.1, 1, 40, dtype=np.float32), source="fixed"))
+    for step in range(30):
+        if step == 10:
+            writer.append(Drop(positions=np.arange(20, 40)))
+        writer.append(Step(positions=np.empty(0, np.int64), contributions=np.empty(0, np.float32)))
+    ledger = writer.ledger()
+    result = audit(ledger, tight=False)
+    paths = trajectories(ledger, result.epsilon, result.delta, "fixed_thresholds")
+    assert paths is not None
+    ends = np.array([curve[-1] for curve in paths.quantiles.values()])
+    final = result.quantiles([0.1, 0.5, 0.9, 0.99])
+    assert (ends >= final * (1 - 1e-9)).all() and (ends <= final * 1.06).all()
+    ignoring = audit(ledger, charging=WorstCase(), tight=False)
+    charged = trajectories(ledger, ignoring.epsilon, ignoring.delta, "worst_case")
+    assert charged is not None
+    assert charged.quantiles["p10"][-1] == pytest.approx(charged.worst[-1], rel=1e-6)
+    assert ends[-1] < 0.8 * charged.worst[-1]
