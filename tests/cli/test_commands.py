@@ -161,6 +161,7 @@ def test_unlearn_hands_everything_to_the_room(
         *("unlearn", "plan.json", "--ledger", "runs/a", "--checkpoint", "model.pt", "--output", "out"),
         *("--data", "cli_fixture_module:rows", "--model", "cli_fixture_module:model"),
         *("--criterion", "collections:OrderedDict", "--format", "json"),
+        *("--frozen", "body.weight", "--frozen", "body.bias"),
     )
     assert done.code == 0
     assert json.loads(done.out) == {"certificate": "out/c.json", "model": "out/model.pt", "steps": 7}
@@ -172,6 +173,7 @@ def test_unlearn_hands_everything_to_the_room(
         "dataset": [1, 2],
         "module": "model",
         "criterion": {},
+        "frozen": ["body.weight", "body.bias"],
         "progress": True,
     }
 
