@@ -69,7 +69,7 @@ def check_noise(draws: ArrayLike, claimed_std: float, *, level: float = LEVEL) -
     shape = float(kstest(noise / noise.std(), "norm").pvalue)
     if shape < level / 3:
         raise ComponentFault(f"the draws are not Gaussian (p = {shape:.2g})")
-    return min(small, centre, shape)
+    return float(min(small, centre, shape))
 
 
 def check_noise_is_fresh(draws: ArrayLike, *, level: float = LEVEL) -> float:
@@ -127,7 +127,7 @@ def check_norms_agree(measured: ArrayLike, exact: ArrayLike, *, relative: float 
     if found.shape != truth.shape or found.size == 0:
         raise ComponentFault(f"{found.size} norms were measured for {truth.size} gradients")
     errors = np.abs(found - truth) / np.maximum(truth, np.finfo(np.float64).tiny)
-    worst = float(errors.max()) if np.isfinite(errors).all() else math.inf
+    worst = float(errors.max()) if bool(np.isfinite(errors).all()) else math.inf
     if not worst <= relative:
         raise ComponentFault(f"a norm is off by {worst:.2g} of its size")
     return worst

@@ -21,10 +21,10 @@ def test_a_gradient_that_is_not_finite_is_refused(start: Any, value: float) -> N
     training.optimizer.zero_grad()
     loss = training.criterion(training.model(batch[0]), batch[1])
     # The forward pass is finite; the gradient of one instance is not.
+    loss.backward()
+    for p in training.module.parameters():
+        p.grad_sample[0] = value
     with pytest.raises(AlignmentError) as caught:
-        loss.backward()
-        for p in training.module.parameters():
-            p.grad_sample[0] = value
         training.optimizer.step()
     assert caught.value.code == "PIA006"
     assert torch.equal(training.weights, before) and training.engine.ledger.num_steps == 0
