@@ -43,6 +43,7 @@ MAX_MERGE: Final = 1 << 26
 _SOURCES: Final = ("fixed", "sweep", "forget")
 _GROUP: Final = "group:"
 _U32: Final = struct.Struct("<I")
+_NONE: Final[frozenset[str]] = frozenset()
 _NUMBERS: Final = {entry.name for entry in fields(Phase) if entry.type == "float"}
 _LATER: Final = "projection_radius"
 """Field of a phase that earlier versions did not have: written only where it is stated."""
@@ -123,8 +124,7 @@ def _encode_phase(phase: Phase, num_instances: int) -> bytes:
 
 
 def _decode_phase(payload: bytes, num_instances: int) -> Phase:
-    names = {entry.name for entry in fields(Phase)}
-    content = _strict_json(payload, names if f'"{_LATER}":'.encode() in payload else names - {_LATER})
+    content = _strict_json(payload, {entry.name for entry in fields(Phase)} - {_LATER}, {_LATER})
     radius = float(content.pop(_LATER)) if _LATER in content else None
     if not all(isinstance(v, int | float if name in _NUMBERS else str | None) for name, v in content.items()):
         raise TypeError("a field of a phase has another type")
@@ -225,9 +225,14 @@ def _not_storable(happened: str) -> UsageError:
     )
 
 
-def _strict_json(payload: bytes, names: set[str]) -> dict[str, Any]:
+def _strict_json(
+    payload: bytes, names: set[str], together: frozenset[str] | set[str] = _NONE
+) -> dict[str, Any]:
+    """The object with exactly these names, or with all those that may be there ``together`` as well."""
     content = json.loads(payload, parse_int=_number)
-    if not isinstance(content, dict) or set(content) != names or rfc8785.dumps(content) != payload:
+    if not isinstance(content, dict) or set(content) not in (names, names | together):
+        raise ValueError("not the fields of the record")
+    if rfc8785.dumps(content) != payload:
         raise ValueError("not the canonical form of the record")
     return content
 
@@ -262,8 +267,7 @@ def decode_run(payload: bytes) -> StoredRun:
     """Inverse of :func:`encode_run`. Any exception means that the payload is malformed."""
     end = _U32.size + _U32.unpack_from(payload)[0]
     names = {"format", "run_id", "created", "num_instances", "assumptions", "software"}
-    part = b'"world_size":' in payload[:end]
-    content = _strict_json(payload[_U32.size : end], names | ({"rank", "world_size"} if part else set()))
+    content = _strict_json(payload[_U32.size : end], names, {"rank", "world_size"})
     version, run_id, created = content.pop("format"), content.pop("run_id"), content.pop("created")
     if version != frames.VERSION or not is_hex(run_id, 32) or not isinstance(created, str):
         raise ValueError("not the identity of a run")
@@ -271,7 +275,7 @@ def decode_run(payload: bytes) -> StoredRun:
         raise TypeError("a field of the run has another type")
     columns = _decode_columns(payload[end:])
     groups = {name.removeprefix(_GROUP): values for name, values in columns.items() if name != "ids"}
-    if part and content["world_size"] == 1:
+    if content.get("world_size") == 1:
         raise ValueError("not the canonical form of the record")
     run = checked_run(Run(ids=columns.get("ids"), groups=groups, run_id=run_id, **content))
     return StoredRun(run=run, created=created)

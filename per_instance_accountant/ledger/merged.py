@@ -13,6 +13,8 @@ import numpy as np
 import rfc8785
 from numpy.typing import NDArray
 
+from per_instance_accountant.ledger.records import MAX_RANKS
+
 MOMENT: Final = np.dtype(
     [("rank", "<u4"), ("sequence", "<u8"), ("steps", "<u8"), ("merged_steps", "<u8"), ("digest", "V32")]
 )
@@ -91,7 +93,7 @@ def decode_merge(payload: bytes, num_steps: int) -> Merge:
     sound = all(type(value) is int for value in (world_size, *ranks, *edges))
     sound &= all(len(interval) == 2 for interval in content["incomplete"])
     sound &= type(content["confirmed"]) is bool and ranks == tuple(sorted(set(ranks)))
-    sound &= bool(ranks) and ranks[0] >= 0 and ranks[-1] < world_size
+    sound &= bool(ranks) and ranks[0] >= 0 and ranks[-1] < world_size <= MAX_RANKS
     rising = all(low < high for low, high in pairwise(edges[:-1]))
     if not (sound and rising and edges[-2] <= num_steps):
         raise ValueError("not the record of a merge")

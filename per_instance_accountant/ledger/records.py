@@ -16,6 +16,7 @@ from per_instance_accountant.errors import UsageError
 SAMPLING = ("poisson", "shuffled")
 """How batches were drawn. Only ``"poisson"`` gives amplification; ``sample_rate=1`` is full batch."""
 KINDS = ("train", "unlearn")
+MAX_RANKS = 1 << 16
 DISCLOSED = ("histogram", "quantiles")
 FAMILIES = ("renyi", "gaussian")
 """What a filter adds up: one step's Renyi divergence at an order, or its squared sensitivity ratio."""
@@ -60,6 +61,7 @@ class Run:
         _require(self.num_instances >= 1, "num_instances", self.num_instances, "[1, inf)")
         ranks = type(self.rank) is int and type(self.world_size) is int and 0 <= self.rank < self.world_size
         _require(ranks, "rank", self.rank, f"[0, world_size) with world_size {self.world_size!r}")
+        _require(self.world_size <= MAX_RANKS, "world_size", self.world_size, f"[1, {MAX_RANKS}]")
         known = self.run_id is not None or self.world_size == 1
         _require(known, "run_id", self.run_id, "one run_id for all ranks, from new_run_id() of one of them")
         sound = self.run_id is None or is_hex(self.run_id, 32)

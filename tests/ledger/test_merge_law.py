@@ -408,6 +408,7 @@ def test_a_part_is_never_taken_for_the_run() -> None:
         {"rank": True, "world_size": 2},
         {"rank": 0, "world_size": 2, "run_id": None},
         {"world_size": 0},
+        {"world_size": 2**40},
         {"run_id": "A" * 32},
         {"run_id": "a" * 31},
     ],
@@ -459,3 +460,19 @@ def test_the_law_of_relabelling_catches_losses_left_behind() -> None:
     moved = [relabelled(event, place) for event in events]
     first, second = (account(written(Run(num_instances=N), e), orders=ORDERS).rdp for e in (events, moved))
     assert second[place].tobytes() == first.tobytes() != second.tobytes()
+
+
+def test_assumptions_may_use_the_words_of_the_format() -> None:
+    words = {"world_size": 2, "rank": 0, "projection_radius": 1}
+    ledger = written(Run(num_instances=1, assumptions=words), [make_phase("worst_case", optimizer='"rank":')])
+    assert ledger.run.assumptions == words and ledger.run.world_size == 1
+    identity = new_run_id()
+    part = written(Run(num_instances=1, assumptions=words, run_id=identity, world_size=2), [])
+    assert list(part.events()) == [] and part.run.world_size == 2
+
+
+def test_anchors_beyond_every_number_are_not_held() -> None:
+    phase = make_phase("worst_case")
+    merged = merge_parts(ranked([[phase, step_of([0])], [phase, step_of([1])]]), None)
+    assert not merged.holds(replace(merged.anchor, sequence=2**70, steps=2**65))
+    assert not merged.holds(replace(merged.anchor, sequence=2**64, steps=1))
