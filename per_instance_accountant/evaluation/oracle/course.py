@@ -16,6 +16,7 @@ from per_instance_accountant.finetuning.methods import Ensemble, Instances
 from per_instance_accountant.finetuning.methods.ensemble import Weights
 
 Reals = NDArray[np.float64]
+Kept = tuple[tuple[Ensemble, ...], tuple[Ensemble, ...]]
 _MEMBERS = 256
 """Models trained at once: more do not fit into the cache of one core."""
 
@@ -24,11 +25,11 @@ _MEMBERS = 256
 class Course:
     """R requests of n instances each, S seeds, observed after ``at`` (t,) steps of unlearning.
 
-    unlearned, oracle: (R, S, t, n) margins of the instances to forget. unlearned_right, oracle_right:
-    whether they are classified correctly. test: (2, 2, R, S) accuracy of (unlearned, oracle) at the
-    (first, last) look, None without test instances; retain: the same on the retained. base: the S
-    trained models. ends: unlearned and oracle, each at the first and the last look, with R * S members
-    each. Oracles are budget-matched: at look t they were trained for ``training.steps + at[t]`` steps.
+    unlearned, oracle: (R, S, t, n) margins of the instances to forget. unlearned_right, oracle_right: whether
+    they are classified correctly. base: the S trained models. kept: what the models themselves are kept of:
+    unlearned and oracle, each before, in the middle (look ``t // 2``) and after, with R * S members. retain:
+    (2, 3, R, S) their accuracy on what each retains; test: the same on the test instances, None without them.
+    Oracles are budget-matched: at look t they were trained for ``training.steps + at[t]`` steps.
     """
 
     at: NDArray[np.int64]
@@ -40,7 +41,7 @@ class Course:
     retain: Reals
     test: Reals | None
     base: Ensemble
-    ends: tuple[tuple[Ensemble, Ensemble], tuple[Ensemble, Ensemble]]
+    kept: Kept
 
 
 def checked_requests(requests: Ids, count: int) -> NDArray[np.int64]:
@@ -104,10 +105,10 @@ def unlearning_course(
     tuned = fine_tuning or training
     runs = [_piece(start, train, rows, training, tuned, seeds, looks, device) for rows in pieces]
     both = [np.concatenate([run.seen[which] for run in runs]) for which in (0, 1)]
-    ends = tuple(
-        tuple(joined([run.ends[which][when] for run in runs]) for when in (0, 1)) for which in (0, 1)
+    unlearned, oracle = (
+        tuple(joined([run.kept[which][when] for run in runs]) for when in range(3)) for which in (0, 1)
     )
-    kept = [np.setdiff1d(np.arange(len(train)), row) for row in table]
+    others = [np.setdiff1d(np.arange(len(train)), row) for row in table]
     return Course(
         at=looks,
         requests=table,
@@ -115,17 +116,17 @@ def unlearning_course(
         oracle=both[1][..., 0],
         unlearned_right=both[0][..., 1],
         oracle_right=both[1][..., 1],
-        retain=_by_request(ends, len(seeds), [train.select(rows) for rows in kept]),
-        test=None if test is None else _by_request(ends, len(seeds), [test] * len(table)),
+        retain=_by_request((unlearned, oracle), len(seeds), [train.select(rows) for rows in others]),
+        test=None if test is None else _by_request((unlearned, oracle), len(seeds), [test] * len(table)),
         base=runs[0].base,
-        ends=ends,  # type: ignore[arg-type]
+        kept=(unlearned, oracle),
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Piece:
     seen: tuple[Reals, Reals]
-    ends: tuple[tuple[Ensemble, Ensemble], tuple[Ensemble, Ensemble]]
+    kept: Kept
     base: Ensemble
 
 
@@ -147,18 +148,17 @@ def _piece(
     run.go_on_with(tuned)
     forget = _members(train, rows, len(seeds))
     seen: tuple[list[Reals], list[Reals]] = ([], [])
-    ends: tuple[list[Ensemble], list[Ensemble]] = ([], [])
-    for before, after in zip((0, *looks[:-1].tolist()), looks.tolist(), strict=True):
+    kept: tuple[list[Ensemble], list[Ensemble]] = ([], [])
+    when = (0, len(looks) // 2, len(looks) - 1)
+    for look, (before, after) in enumerate(zip((0, *looks[:-1].tolist()), looks.tolist(), strict=True)):
         for which, going in enumerate((unlearned, run)):
             going.advance(after - before)
             models = going.models if which == 0 else part(going.models, range(len(seeds), going.models.size))
             seen[which].append(_looked(models, forget))
-            if after in (looks[0], looks[-1]):
-                ends[which].append(models)
+            kept[which].extend([models] * when.count(look))
     shape = (len(rows), len(seeds), len(looks), rows.shape[1], 2)
     stacked = [np.stack(values, 1).reshape(shape) for values in seen]
-    first, last = ((models[0], models[-1]) for models in ends)
-    return _Piece(seen=(stacked[0], stacked[1]), ends=(first, last), base=base)
+    return _Piece(seen=(stacked[0], stacked[1]), kept=(tuple(kept[0]), tuple(kept[1])), base=base)
 
 
 def _members(train: Instances, rows: NDArray[np.int64], seeds: int) -> Instances:
@@ -172,14 +172,12 @@ def _looked(models: Ensemble, forget: Instances) -> Reals:
     return np.stack([margins(models, forget), right.double().numpy()], -1)
 
 
-def _by_request(ends: Sequence[Sequence[Ensemble]], seeds: int, instances: Sequence[Instances]) -> Reals:
-    """(2, 2, R, S) accuracies of every request's models on its own instances."""
-    found = np.empty((2, 2, len(instances), seeds))
-    for which in (0, 1):
-        for when in (0, 1):
-            for row, some in enumerate(instances):
-                members = part(ends[which][when], range(row * seeds, (row + 1) * seeds))
-                found[which, when, row] = accuracies(members, spread(some, seeds))
+def _by_request(kept: Kept, seeds: int, instances: Sequence[Instances]) -> Reals:
+    """(2, 3, R, S) accuracies of every request's models on its own instances."""
+    found = np.empty((2, 3, len(instances), seeds))
+    for which, when, row in np.ndindex(2, 3, len(instances)):
+        members = part(kept[which][when], range(row * seeds, (row + 1) * seeds))
+        found[which, when, row] = accuracies(members, spread(instances[row], seeds))
     return found
 
 
