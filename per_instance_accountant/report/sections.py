@@ -60,18 +60,26 @@ def counted(values: NDArray[np.float64], top: float) -> tuple[tuple[float, ...],
     return tuple(edges.tolist()), tuple(int(count) for count in counts)
 
 
+def for_everybody(audit: BudgetAudit) -> float:
+    """CERTIFIED epsilon of everybody: the tight worst case, or the largest budget that a filter enforced."""
+    if audit.certified_budget is None:
+        return audit.worst_case_tight
+    return min(audit.worst_case_tight, float(audit.certified_budget.max()))
+
+
 def epsilon_histogram(audit: BudgetAudit, budget: float | None) -> Section:
     """Individual epsilons with the worst case, the median and the budget."""
+    worst = for_everybody(audit)
     edges, counts = counted(audit.epsilon, 0.0)
     median, most = audit.quantiles([0.5, 0.99]).tolist()
-    marks = [(f"worst case {rounded_up(audit.worst_case_tight)}", audit.worst_case_tight)]
+    marks = [(f"worst case {rounded_up(worst)}", worst)]
     marks.append((f"median {rounded_up(median)}", median))
     if budget is not None:
         marks.append((f"budget {budget:g}", budget))
-    below = float(np.mean(audit.epsilon <= audit.worst_case_tight / 2))
+    below = float(np.mean(audit.epsilon <= worst / 2))
     finding = (
         f"Half of the instances spent at most {rounded_up(median)} and 99\u00a0% at most {rounded_up(most)}; "
-        f"{percent(below)} spent at most half of the worst case, {rounded_up(audit.worst_case_tight)}."
+        f"{percent(below)} spent at most half of the worst case, {rounded_up(worst)}."
     )
     if budget is not None:
         over = audit.num_over(budget)

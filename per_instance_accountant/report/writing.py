@@ -203,7 +203,7 @@ def _numbers(audit: BudgetAudit, budget: float | None) -> tuple[Number, ...]:
         over = audit.num_over(budget)
         last = Number(f"instances above the budget of {budget:g}", str(over), basis, alert=over > 0)
     return (
-        Number("worst-case epsilon", rounded_up(audit.worst_case_tight), _worst_basis(audit)),
+        Number("worst-case epsilon", rounded_up(sections.for_everybody(audit)), _worst_basis(audit)),
         Number("median individual epsilon", rounded_up(median), basis),
         Number("99th percentile", rounded_up(most), basis),
         last,
@@ -212,7 +212,7 @@ def _numbers(audit: BudgetAudit, budget: float | None) -> tuple[Number, ...]:
 
 def _public_numbers(audit: BudgetAudit) -> tuple[Number, ...]:
     return (
-        Number("worst-case epsilon", rounded_up(audit.worst_case_tight), _worst_basis(audit)),
+        Number("worst-case epsilon", rounded_up(sections.for_everybody(audit)), _worst_basis(audit)),
         Number("delta", f"{audit.delta:g}", "chosen"),
         Number("instances", str(len(audit.ids)), "recorded"),
         Number("noisy steps", str(audit.num_steps), "recorded"),
@@ -220,6 +220,9 @@ def _public_numbers(audit: BudgetAudit) -> tuple[Number, ...]:
 
 
 def _worst_basis(audit: BudgetAudit) -> str:
+    if sections.for_everybody(audit) < audit.worst_case_tight:
+        without = rounded_up(audit.worst_case_tight)
+        return f"CERTIFIED by the privacy filter; the clip norm alone allows {without}"
     if audit.worst_case_tight < audit.worst_case:
         return f"CERTIFIED; {rounded_up(audit.worst_case)} by Rényi divergences, as Opacus computes it"
     return "CERTIFIED"

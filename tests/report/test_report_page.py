@@ -386,6 +386,10 @@ def test_whoever_left_pays_no_more_in_the_trajectories() -> None:
     ends = np.array([curve[-1] for curve in paths.quantiles.values()])
     final = result.quantiles([0.1, 0.5, 0.9, 0.99])
     assert (ends >= final * (1 - 1e-9)).all() and (ends <= final * 1.06).all()
+    certified = audit(ledger).certified_budget
+    assert certified is not None
+    page = report_html(dataclasses.replace(result, certified_budget=certified * 0 + 0.75))
+    assert '<dd class="value">0.75</dd>' in page and "CERTIFIED by the privacy filter" in page
     ignoring = audit(ledger, charging=WorstCase(), tight=False)
     charged = trajectories(ledger, ignoring.epsilon, ignoring.delta, "worst_case")
     assert charged is not None
