@@ -13,7 +13,13 @@ from numpy.typing import NDArray
 from opacus.optimizers import AdaClipDPOptimizer, DPOptimizer
 
 from per_instance_accountant.accounting.filter import PrivacyFilter
-from per_instance_accountant.accounting.rules import ChargingRule, FixedThresholds, Sweep
+from per_instance_accountant.accounting.rules import (
+    ChargingRule,
+    FixedThresholds,
+    LastSeen,
+    Sweep,
+    Unamplified,
+)
 from per_instance_accountant.accounting.running import RunningLoss
 from per_instance_accountant.accounting.spending import Spending
 from per_instance_accountant.errors import BudgetExceeded, GuaranteeError, LedgerError, UsageError
@@ -80,6 +86,7 @@ class Recorder:
         self._swept: Norms | None = None
         """Norms of all rows at the present parameters, as long as nobody knows the loss of the loop."""
         self._compared: list[Norms] = []
+        self._denominator = optimizer.expected_batch_size
         self.spending: Spending | None = None
         """What was spent of the budgets of a privacy filter; None without one."""
         self._running: RunningLoss | None = None
@@ -162,9 +169,12 @@ class Recorder:
 
     @property
     def running(self) -> RunningLoss:
-        """Running totals, which follow every event from the first time on that they were asked for."""
+        """Running totals, which follow every event from the first time on that they were asked for. Raises
+        GuaranteeError PIA117 on one of several ranks where they depend on whom the others drew."""
         writer = self.writer
         if self._running is None:
+            if isinstance(self.setting.charging, (Unamplified, LastSeen)):
+                writer.ledger().require_whole()
             self._running = RunningLoss.of(writer.ledger())
         return self._running
 
@@ -255,6 +265,7 @@ class Recorder:
         Raises LedgerError, and UsageError for a mechanism without a bound; then nothing may be released.
         """
         self._refuse_new_rate()
+        self._refuse_new_denominator()
         step, writer, inputs = self._step(observations), self.writer, self._inputs()
         if inputs != self._stated:
             self._append(writer, self.mechanism())
@@ -272,6 +283,15 @@ class Recorder:
                 f"the sample rate was changed from {self.setting.sample_rate} to {sampler.sample_rate}",
                 "Steps would be charged at a rate they were not drawn at",
                 "make_private with a new loader and engine.load_checkpoint for another rate",
+            )
+
+    def _refuse_new_denominator(self) -> None:
+        if self.optimizer.expected_batch_size != self._denominator:
+            raise GuaranteeError(
+                "PIA092",
+                "expected_batch_size was changed during training",
+                "If it follows the batches that were drawn, every step tells how many there were, for free",
+                "change the learning rate instead, or make_private again and engine.load_checkpoint",
             )
 
     def compare_loss(self, rows: NDArray[np.int64], norms: Norms, *, first: bool, last: bool) -> None:

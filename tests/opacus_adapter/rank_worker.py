@@ -35,6 +35,7 @@ from per_instance_accountant import (
     Unamplified,
     WorstCase,
 )
+from per_instance_accountant.errors import GuaranteeError
 from per_instance_accountant.opacus_adapter import SGLD
 
 COUNT, CLIP, RATE = 61, 0.8, 0.05
@@ -124,12 +125,24 @@ def train(rank: int, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
                     weights.append(before)
         if options.get("save") == epoch:
             engine.save_checkpoint(**where)
+    running = metrics(engine, options)
     engine.close()
     return {
         "steps": engine.ledger.num_steps,
         "weights": [*weights, flat(inner)],
         "stock": stock_steps(options),
+        "running": running,
     }
+
+
+def metrics(engine: PrivacyEngine, options: dict[str, Any]) -> str:
+    """Largest running epsilon, or the code of the refusal."""
+    if not options.get("noise", 1.0):
+        return ""
+    try:
+        return repr(engine.metrics(1e-3)["privacy/epsilon_max"])
+    except GuaranteeError as error:
+        return error.code
 
 
 def stock_steps(options: dict[str, Any]) -> int:

@@ -53,6 +53,7 @@ CASES: dict[str, dict[str, Any]] = {
     "split ddp": {"wrap": "ddp", "physical": 3},
     "budget alone": {"rule": "unamplified", "budget": 3.0},
     "expanded": {"mode": "ew"},
+    "sharded": {"mode": "ghost_fsdp"},
     "shuffled": {"rule": "unamplified", "poisson": False},
 }
 
@@ -234,6 +235,14 @@ def test_accounting_of_the_merged_ledger(pair):
     assert float(budget.certified_epsilon(1e-2).max()) <= 1.5
 
 
+def test_running_epsilons_of_a_rank_are_of_the_whole_run_or_refused(pair):
+    folder, results = pair
+    for result in results:
+        assert result["unamplified"]["running"] == result["last seen"]["running"] == "PIA117"
+        whole = account(merged(folder / "budget")).epsilon(1e-3).max()
+        assert float(result["budget"]["running"]) == pytest.approx(whole, rel=0.02)
+
+
 def test_empty_draws_keep_ranks_in_step(pair):
     """Opacus' own sampler leaves empty draws out: this is the seeded bug."""
     folder, results = pair
@@ -286,6 +295,7 @@ REFUSED = {
     "budget alone": ("PIA060", "PIA060"),
     "shuffled": ("PIA060", "PIA060"),
     "expanded": ("PIA060", "PIA060"),
+    "sharded": ("PIA060", "PIA060"),
 }
 
 
