@@ -89,3 +89,8 @@ def test_the_model_card_holds_public_numbers_only(pia: Pia, ledger: Path, tmp_pa
 def test_export_needs_a_place(pia: Pia, ledger: Path) -> None:
     done = pia("export", ledger)
     assert done.code == 2 and "--output is missing" in done.err
+
+
+def test_completion_is_offered_for_shells(pia: Pia) -> None:
+    shown = pia("--show-completion", "bash")
+    assert shown.code == 0 and "_pia_completion" in shown.out

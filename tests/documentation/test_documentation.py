@@ -56,7 +56,8 @@ def test_a_broken_link_is_seen() -> None:
 
 
 def test_the_error_catalogue_is_current() -> None:
-    assert PAGE.read_text(encoding="utf-8") == catalogue()
+    current = PAGE.read_text(encoding="utf-8") == catalogue()
+    assert current, "python -m tests.documentation.error_catalogue"
 
 
 def test_every_command_is_on_the_command_page() -> None:
