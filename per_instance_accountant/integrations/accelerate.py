@@ -57,13 +57,14 @@ def prepare(
         refuse("mixed_precision='fp16', which scales losses", "Accelerator(mixed_precision='no')")
     if tracker.recorder.setting.grad_sample_mode == "ghost":
         refuse("ghost clipping with accelerator.backward", "make_private(grad_sample_mode='hooks')")
-    own_randomness(optimizer, data_loader)
     parts = accelerator.gradient_accumulation_steps
     empty = send_to_device(stand_in(data_loader, optimizer), accelerator.device)
     split = split_evenly(data_loader, parts)
     optimizer.gradient_scale = float(parts)
     shard = accelerator.prepare_data_loader(split)
     model, optimizer = accelerator.prepare(model, optimizer)
+    # Now that the parameters are where they stay: noise is drawn on their device.
+    own_randomness(tracker.optimizer, data_loader)
     return model, optimizer, AcceleratedLoader(shard, split, tracker, empty)
 
 
