@@ -198,7 +198,7 @@ def _block(
     relative[:, 0] = 1.0
     tiny = np.abs(relative) < 1e-18
     log_moment = base[:, None] + np.log(np.where(tiny, 1e-18, relative))
-    error = _rounding(q, a, z, log_ratio, abs(beta) + spacing * count) + lattice[0].size * (
+    error = _rounding(q, a, z, log_ratio, weight, abs(beta) + spacing * count) + lattice[0].size * (
         UNIT + math.exp(-_CUT)
     )
     error += _TRANSFORM * UNIT
@@ -227,15 +227,16 @@ def _log_ratio(q: float, a: Floats, z: Floats) -> Floats:
     return result
 
 
-def _rounding(q: float, a: Floats, z: Floats, log_ratio: Floats, power: float) -> Floats:
-    """(b,) bound of the relative rounding error of one term of the sums for phi."""
-    far = np.abs(z).max()
-    y = a * far + a * a
-    share = np.minimum(q * np.exp(np.minimum(y, 700.0)) / (1 - q), 1.0)
+def _rounding(q: float, a: Floats, z: Floats, log_ratio: Floats, weight: Floats, power: float) -> Floats:
+    """(b,) bound of the rounding error of the sums for phi relative to ``phi(c)``: the mean, under the
+    normalised ``weight`` (b, p), of the relative errors of the terms."""
+    y = np.abs(a[:, None] * z) + (a * a)[:, None]
+    exponent = a[:, None] * z - (a * a / 2)[:, None] - log_ratio
+    # d log r / dy, the share of the density that comes from the instance.
+    share = np.minimum(q * np.exp(np.minimum(exponent, 700.0)), 1.0)
     coarse = np.where((y > 30) | (q > 0.5), 1 - math.log(q), 0.0)
-    return np.asarray(
-        4 * UNIT * (8 + far * far + power * (np.abs(log_ratio).max(axis=1) + share * y + coarse))
-    )
+    each = 8 + z * z + power * (np.abs(log_ratio) + share * y + coarse)
+    return np.asarray(4 * UNIT * (weight * each).sum(axis=1) * (1 + 1e-9))
 
 
 def _transform(weight: Floats, loss: Floats, spacing: float, count: int) -> NDArray[np.complex128]:

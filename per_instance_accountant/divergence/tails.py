@@ -114,7 +114,9 @@ def make_tail(
     share = 1 / (math.pi * (edges[:-1] - spacing))
     blur = 0.0
     if effort >= _BLURRED:
-        blur = 2 * max(math.log(max((np.exp(decay) @ share).max(), 1e-300) / _BLUR_TO), 0.0) / edges[0] ** 2
+        # Where hardly any loss is above 0, delta is that small beside the moment.
+        left = _BLUR_TO * (math.exp(-depth) if (counts @ line.log_moment[:, 0].real).max() < 1 else 1.0)
+        blur = 2 * math.log(max((np.exp(decay) @ share).max() / left, 1.0)) / edges[0] ** 2
     log_moment = (counts @ line.log_moment.real) + 1j * (counts @ line.log_moment.imag)
     log_moment += 0.5 * blur * (nodes * nodes + nodes)
     log_scale = log_moment[:, 0].real.copy()

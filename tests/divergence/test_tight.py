@@ -174,6 +174,26 @@ def test_delta_inverts_epsilon(case: tuple[float, list[float], list[int], float]
     assert sampled_gaussian_delta(rate, ratios, counts, epsilon * 0.99) > delta
 
 
+def test_a_large_epsilon_is_as_tight() -> None:
+    case = 0.01, [3.0], [2000], 1e-5
+    ours = sampled_gaussian_epsilon(*case)
+    assert ours > 70
+    assert by_pld(*case, above=False) <= ours <= by_pld(*case, above=True) + 1e-4
+    delta = sampled_gaussian_delta(case[0], case[1], case[2], ours)
+    assert delta == pytest.approx(case[3], rel=1e-4)
+
+
+def test_rare_sampling_does_without_the_fallback() -> None:
+    """An expected 0.4 draws; more levels than the costliest tables are made for."""
+    ratios = np.geomspace(0.1, 1.5, 30)
+    counts = np.eye(30)[::3] * 200
+    tight = sampled_gaussian_epsilon(0.002, ratios, counts, 1e-5)
+    assert (tight < 0.9 * by_rdp(0.002, ratios, counts, 1e-5)).all()
+    for i in (4, 9):
+        case = 0.002, [float(ratios[3 * i])], [200], 1e-5
+        assert by_pld(*case, above=False) <= tight[i] <= by_pld(*case, above=True) + 5e-4
+
+
 def test_rates_may_differ_by_level() -> None:
     mixed = sampled_gaussian_epsilon([0.01, 0.05, 1.0], [1.0, 0.8, 0.1], [300, 100, 5], 1e-5)
     low = sampled_gaussian_epsilon(0.01, [1.0, 0.8, 0.1], [300, 100, 5], 1e-5)
