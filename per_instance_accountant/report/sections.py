@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from per_instance_accountant.accounting import Basis
 from per_instance_accountant.report.charts import Chart, Histogram, Lines, Ranges
 from per_instance_accountant.report.trajectories import Trajectories
 from per_instance_accountant.results.markup import plain
@@ -67,9 +68,17 @@ def for_everybody(audit: BudgetAudit) -> float:
     return min(audit.worst_case_tight, float(audit.certified_budget.max()))
 
 
+def comparable_worst(audit: BudgetAudit) -> float:
+    """CERTIFIED epsilon of everybody by the method of the individual values, which then never exceed it."""
+    if audit.basis is Basis.CERTIFIED:
+        return for_everybody(audit)
+    budget = np.inf if audit.certified_budget is None else float(audit.certified_budget.max())
+    return min(audit.worst_case, budget)
+
+
 def epsilon_histogram(audit: BudgetAudit, budget: float | None) -> Section:
     """Individual epsilons with the worst case, the median and the budget."""
-    worst = for_everybody(audit)
+    worst = comparable_worst(audit)
     edges, counts = counted(audit.epsilon, 0.0)
     median, most = audit.quantiles([0.5, 0.99]).tolist()
     marks = [(f"worst case {rounded_up(worst)}", worst)]
@@ -83,7 +92,9 @@ def epsilon_histogram(audit: BudgetAudit, budget: float | None) -> Section:
     )
     if budget is not None:
         over = audit.num_over(budget)
-        finding += f" {over} of {len(audit.ids)} are above the budget of {budget:g}."
+        finding += f" {over} of {len(audit.ids)} are above the budget of {budget:g}"
+        certified = over > 0 and for_everybody(audit) <= budget
+        finding += ", though the tight worst case certifies it for all." if certified else "."
     infinite = int(np.sum(~np.isfinite(audit.epsilon)))
     note = f"{infinite} instances without a finite bound are not drawn." if infinite else ""
     chart = Histogram(edges=edges, counts=counts, marks=tuple(marks), x_label=f"epsilon at {_at(audit)}")

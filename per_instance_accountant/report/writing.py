@@ -201,9 +201,12 @@ def _numbers(audit: BudgetAudit, budget: float | None) -> tuple[Number, ...]:
     last = Number("largest individual epsilon", rounded_up(float(audit.epsilon.max())), basis)
     if budget is not None:
         over = audit.num_over(budget)
-        last = Number(f"instances above the budget of {budget:g}", str(over), basis, alert=over > 0)
+        within = sections.for_everybody(audit) <= budget
+        note = f"{basis}; CERTIFIED within it for everybody" if within and over else basis
+        alert = over > 0 and not within
+        last = Number(f"instances above the budget of {budget:g}", str(over), note, alert=alert)
     return (
-        Number("worst-case epsilon", rounded_up(sections.for_everybody(audit)), _worst_basis(audit)),
+        _worst(audit, sections.comparable_worst(audit)),
         Number("median individual epsilon", rounded_up(median), basis),
         Number("99th percentile", rounded_up(most), basis),
         last,
@@ -212,20 +215,24 @@ def _numbers(audit: BudgetAudit, budget: float | None) -> tuple[Number, ...]:
 
 def _public_numbers(audit: BudgetAudit) -> tuple[Number, ...]:
     return (
-        Number("worst-case epsilon", rounded_up(sections.for_everybody(audit)), _worst_basis(audit)),
+        _worst(audit, sections.for_everybody(audit)),
         Number("delta", f"{audit.delta:g}", "chosen"),
         Number("instances", str(len(audit.ids)), "recorded"),
         Number("noisy steps", str(audit.num_steps), "recorded"),
     )
 
 
-def _worst_basis(audit: BudgetAudit) -> str:
-    if sections.for_everybody(audit) < audit.worst_case_tight:
-        without = rounded_up(audit.worst_case_tight)
-        return f"CERTIFIED by the privacy filter; the clip norm alone allows {without}"
-    if audit.worst_case_tight < audit.worst_case:
-        return f"CERTIFIED; {rounded_up(audit.worst_case)} by Rényi divergences, as Opacus computes it"
-    return "CERTIFIED"
+def _worst(audit: BudgetAudit, shown: float) -> Number:
+    """The worst case by the method of the other numbers, and what else is certified."""
+    best, tight, renyi = sections.for_everybody(audit), audit.worst_case_tight, audit.worst_case
+    note = "CERTIFIED"
+    if best < tight:
+        note = f"CERTIFIED by the privacy filter; the clip norm alone allows {rounded_up(tight)}"
+    elif shown < renyi:
+        note = f"CERTIFIED; {rounded_up(renyi)} by Rényi divergences, as Opacus computes it"
+    elif tight < shown:
+        note = f"CERTIFIED by Rényi divergences; {rounded_up(tight)} by the law of the loss itself"
+    return Number("worst-case epsilon", rounded_up(shown), note)
 
 
 def _method(audit: BudgetAudit) -> Mapping[str, str]:

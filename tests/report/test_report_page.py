@@ -395,3 +395,23 @@ def test_whoever_left_pays_no_more_in_the_trajectories() -> None:
     assert charged is not None
     assert charged.quantiles["p10"][-1] == pytest.approx(charged.worst[-1], rel=1e-6)
     assert ends[-1] < 0.8 * charged.worst[-1]
+
+
+@pytest.mark.parametrize("rule", [None, LastSeen(), WorstCase()])
+def test_no_instance_is_shown_above_the_worst_case(source: Ledger, rule: object) -> None:
+    """Renyi bounds stand beside a Renyi worst case, tight ones beside a tight one."""
+    result = audit(source, charging=rule)  # type: ignore[arg-type]
+    section = sections.epsilon_histogram(result, None)
+    assert isinstance(section.chart, Histogram)
+    worst = dict(section.chart.marks)[f"worst case {rounded_up(sections.comparable_worst(result))}"]
+    assert result.epsilon.max() <= worst * (1 + 1e-12)
+    if rule is not None and not isinstance(rule, WorstCase):
+        assert result.worst_case_tight < result.epsilon.max(), "the tight one would be the wrong neighbour"
+
+
+def test_a_budget_may_be_certified_although_scores_exceed_it(source: Ledger) -> None:
+    result = audit(source, charging=LastSeen())
+    budget = (result.worst_case_tight + float(result.epsilon.max())) / 2
+    page = report_html(result, budget=budget)
+    assert "CERTIFIED within it for everybody" in page and "certifies it for all" in page
+    assert 'class="value bad"' not in page and 'class="value bad"' in report_html(result, budget=0.01)
