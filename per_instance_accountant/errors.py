@@ -52,7 +52,8 @@ CODES: Final[dict[str, str]] = {
     "PIA102": "a process of the run stopped, or disagrees with the others",
     "PIA103": "processes of one run draw the same random numbers",
     "PIA090": "norms computed again from the batch differ from those of the loop",
-    "PIA091": "noise of an earlier session would be drawn again",
+    "PIA091": "noise that was drawn before would be drawn again",
+    "PIA092": "the denominator of the released sum was changed during training",
 }
 """Stable code -> title. A code is never reused for another meaning."""
 

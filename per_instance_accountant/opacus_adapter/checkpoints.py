@@ -72,45 +72,49 @@ def as_expected(state: dict[str, Any], accountant: Any) -> dict[str, Any]:
 
 
 class NoiseSessions:
-    """Where the noise of each session of a run began, so that no later one begins there again.
+    """The random states that noise was drawn from, so that none is used twice.
 
     A script that seeds torch and is started again from a checkpoint draws the noise of its first steps a
-    second time. The difference of two releases with the same noise is the difference of their clipped sums,
-    without any noise.
+    second time; a loop that seeds torch in every step draws the same noise always. The difference of two
+    releases with the same noise is the difference of their clipped sums, without any noise.
     """
 
     def __init__(self) -> None:
-        self._earlier: set[str] = set()
+        self._drawn: set[bytes] = set()
+        self._first: list[bytes] = []
         self._began = False
 
     def check(self, optimizer: DPOptimizer) -> None:
-        """Before the first noise of a session. Raises GuaranteeError PIA091; nothing was released then."""
+        """Before noise is drawn. Raises GuaranteeError PIA091; nothing was released then."""
         # Of several processes the first draws the noise.
-        quiet = not optimizer.noise_multiplier or optimizer.secure_mode or getattr(optimizer, "rank", 0)
-        if self._began or quiet:
+        if not optimizer.noise_multiplier or optimizer.secure_mode or getattr(optimizer, "rank", 0):
             return
         digest = _state_digest(optimizer)
-        if digest in self._earlier:
+        if digest in self._drawn:
             raise GuaranteeError(
                 "PIA091",
-                "the random state is the one that an earlier session of this run drew its first noise from",
+                "the random state is one that noise of this run was drawn from before",
                 "The same noise twice cancels in the difference of two releases, which then has none",
-                "torch.seed() before the loop, or make_private(noise_generator=...) with a new seed",
+                "torch.seed() once after resuming, no torch.manual_seed(...) in the loop; engine.abandon()",
             )
-        self._earlier.add(digest)
+        self._drawn.add(digest)
+        if not self._began:
+            self._first.append(digest)
         self._began = True
 
     def state(self) -> list[str]:
-        """For a checkpoint."""
-        return sorted(self._earlier)
+        """Where every session so far began, for a checkpoint."""
+        return [digest.hex() for digest in self._first]
 
     def resume(self, state: Sequence[str]) -> None:
         """A new session begins, after those of a checkpoint."""
-        self._earlier |= set(state)
+        earlier = [bytes.fromhex(digest) for digest in state]
+        self._first = [*self._first, *(digest for digest in earlier if digest not in self._first)]
+        self._drawn.update(earlier)
         self._began = False
 
 
-def _state_digest(optimizer: DPOptimizer) -> str:
+def _state_digest(optimizer: DPOptimizer) -> bytes:
     device = optimizer.params[0].device
     if optimizer.generator is not None:
         state = optimizer.generator.get_state()
@@ -118,4 +122,4 @@ def _state_digest(optimizer: DPOptimizer) -> str:
         state = torch.cuda.get_rng_state(device)
     else:
         state = torch.get_rng_state()
-    return hashlib.sha256(state.cpu().numpy().tobytes()).hexdigest()
+    return hashlib.blake2b(state.cpu().numpy().tobytes(), digest_size=16).digest()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from opacus.grad_sample.functorch import ft_compute_per_sample_gradient
+from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
 
 from per_instance_accountant.errors import AlignmentError, UnsupportedError
 from per_instance_accountant.opacus_adapter.clipping import NORM_SLACK, check_counts, row_squares
@@ -46,6 +47,30 @@ class GhostFactors:
 
     def __reduce__(self) -> Any:
         return GhostFactors, ()
+
+
+def _per_instance_terms(name: str) -> Callable[[Any, Any], Any]:
+    """Arithmetic of ghost losses that takes no term which depends on parameters but on no instance."""
+    stock = getattr(DPTensorFastGradientClipping, name)
+
+    def combine(self: Any, other: Any) -> Any:
+        foreign = isinstance(other, torch.Tensor) and other.requires_grad
+        if foreign and isinstance(getattr(self.module, "get_clipping_coef", None), GhostFactors):
+            raise UnsupportedError(
+                "PIA060",
+                "a term that belongs to no instance was combined with the loss under ghost clipping",
+                "Its gradient would be released once for every instance, outside of what is clipped",
+                "optimizer weight_decay=... for an L2 penalty, or grad_sample_mode='hooks'",
+            )
+        return stock(self, other)
+
+    return combine
+
+
+# Opacus adds such a term to the loss of every instance, after the norms were taken. Other losses stay stock.
+for _name in ("__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__truediv__"):
+    if hasattr(DPTensorFastGradientClipping, _name):
+        setattr(DPTensorFastGradientClipping, _name, _per_instance_terms(_name))
 
 
 def install_ghost(module: Any, tracker: Tracker) -> None:

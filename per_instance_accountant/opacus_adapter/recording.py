@@ -264,8 +264,7 @@ class Recorder:
 
         Raises LedgerError, and UsageError for a mechanism without a bound; then nothing may be released.
         """
-        self._refuse_new_rate()
-        self._refuse_new_denominator()
+        self._refuse_changes()
         step, writer, inputs = self._step(observations), self.writer, self._inputs()
         if inputs != self._stated:
             self._append(writer, self.mechanism())
@@ -274,7 +273,7 @@ class Recorder:
         self._swept, self._compared = None, []
         self._until_sweep = max(0, self._until_sweep - 1)
 
-    def _refuse_new_rate(self) -> None:
+    def _refuse_changes(self) -> None:
         """Batches may be on their way from workers, so nobody knows which of them a new rate drew."""
         sampler = self.setting.sampler
         if sampler is not None and float(sampler.sample_rate) != self.setting.sample_rate:
@@ -284,8 +283,6 @@ class Recorder:
                 "Steps would be charged at a rate they were not drawn at",
                 "make_private with a new loader and engine.load_checkpoint for another rate",
             )
-
-    def _refuse_new_denominator(self) -> None:
         if self.optimizer.expected_batch_size != self._denominator:
             raise GuaranteeError(
                 "PIA092",

@@ -65,6 +65,10 @@ forgets `zero_grad` | ValueError | PIA002 | guards: zero_grad_forgotten
 draws an instance several times in one batch | one clip norm is assumed | contributions are added | alignment: an_instance_drawn_twice_adds_up
 uses a closure | fine | the same | stock: a_closure
 sets the same seed after a restart | repeats the noise of its first steps | PIA091 | checkpoint: stock_opacus_repeats_its_noise_and_this_engine_refuses_to
+sets a seed in every step | the same noise always | PIA091 | stock: a_seed_that_is_set_in_every_step
+adds a penalty to the loss under ghost clipping | its gradient is released once for every instance | PIA060 | stock: a_penalty_in_the_loss_of_ghost_clipping
+sets `expected_batch_size` to the size of the batch | tells that size | PIA092 | stock: a_denominator_that_follows_the_batch
+uses Embedding(max_norm=...) or scale_grad_by_freq | weights change without noise | PIA060 | stock: embeddings_that_change_their_weights
 is killed and resumed, twice | forgets the steps after the checkpoint | they stay charged | checkpoint: killed_processes_resume_twice_from_one_checkpoint
 loads a checkpoint that its ledger is behind of | silent | PIA040 names the steps | checkpoint: an_error_names_the_steps_that_the_ledger_lacks
 loads a checkpoint from somebody else | runs code from it | reads plain values only, PIA060 | checkpoint: a_checkpoint_cannot_run_code

@@ -462,3 +462,70 @@ def test_a_frozen_batch_norm_that_collects_statistics(start, stock):
     ours.module.norm.eval()
     assert ours.train().steps
     assert torch.equal(ours.module.norm.running_mean, before)
+
+
+# -------------------- noise and scale
+
+
+def seeding(training):
+    drawn = []
+    for batch in training.loader:
+        torch.manual_seed(7)
+        training.step(batch)
+        drawn.append(training.optimizer.generator is None)
+    return drawn
+
+
+def test_a_seed_that_is_set_in_every_step(start, stock):
+    """Stock draws the same noise always."""
+    assert len(seeding(start(stock()))) > 1
+    ours = start()
+    with pytest.raises(GuaranteeError, match="PIA091"):
+        seeding(ours)
+    assert len(ours.steps) == 1
+
+
+def penalised(training):
+    x, y = next(iter(training.loader))
+    training.optimizer.zero_grad()
+    penalty = 10 * sum(p.square().sum() for p in training.module.parameters())
+    (training.criterion(training.model(x), y) + penalty).backward()
+    training.optimizer.step()
+    return float(released(training).norm())
+
+
+def test_a_penalty_in_the_loss_of_ghost_clipping(start, stock):
+    """Stock releases its gradient once for every instance, beyond the clip norm."""
+    assert penalised(single(start, stock(), mode="ghost")) > 5 * CLIP
+    with pytest.raises(UnsupportedError, match="PIA060"):
+        penalised(single(start, mode="ghost"))
+    training = start(mode="ghost")
+    x, y = next(iter(training.loader))
+    training.optimizer.zero_grad()
+    loss = training.criterion(training.model(x), y)
+    (0.5 * loss + 0.5 * loss).backward()
+    training.optimizer.step()
+    assert len(training.steps) == 1
+
+
+def averaging(training):
+    for x, y in training.loader:
+        training.optimizer.zero_grad()
+        backward(training, x, y)
+        training.optimizer.expected_batch_size = max(1, len(x))
+        training.optimizer.step()
+
+
+def test_a_denominator_that_follows_the_batch(start, stock):
+    """Every step would tell the size of its batch."""
+    averaging(start(stock()))
+    ours = start()
+    with pytest.raises(GuaranteeError, match="PIA092"):
+        averaging(ours)
+
+
+def test_embeddings_that_change_their_weights(start):
+    for options in ({"max_norm": 1.0}, {"scale_grad_by_freq": True}):
+        module = nn.Sequential(nn.Embedding(5, 4, **options), nn.Flatten(), nn.Linear(4, 3))
+        with pytest.raises(UnsupportedError, match="PIA060"):
+            start(module=module)
