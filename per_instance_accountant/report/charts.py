@@ -60,9 +60,13 @@ class Ranges:
     columns: tuple[str, str, str, str]
     shown: int = 10
     """How many rows are drawn; the table has all."""
+    texts: tuple[tuple[str, ...], ...] | None = None
+    """Rows of the table where they are not the drawn numbers rounded up."""
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Header and one row per name."""
+        if self.texts is not None:
+            return self.columns, list(self.texts)
         return self.columns, [(name, *map(rounded_up, values)) for name, *values in self.rows]
 
 

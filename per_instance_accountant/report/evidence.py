@@ -72,19 +72,20 @@ class BarrierEvidence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClaimEvidence:
-    """One claim that was attacked. claimed: upper bound on epsilon. lower, upper: the interval of the
-    empirical epsilon that an audit by attack found, at its confidence."""
+    """One claim that was attacked. claimed: upper bound on epsilon. lower: lower bound on the empirical
+    epsilon that an attack demonstrated, at its confidence; upper: the other end of an interval, if any."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
     name: str
     claimed: float
     lower: float
-    upper: float
+    upper: float | None = None
 
     def __post_init__(self) -> None:
-        known = not any(math.isnan(value) for value in (self.claimed, self.lower, self.upper))
+        upper = self.lower if self.upper is None else self.upper
+        known = not any(math.isnan(value) for value in (self.claimed, self.lower, upper))
         _require(
-            known and 0 <= self.lower <= self.upper and self.claimed >= 0,
+            known and 0 <= self.lower <= upper and self.claimed >= 0,
             "a claim whose numbers are negative, not numbers or not an interval",
             "ClaimEvidence(name='x', claimed=1.0, lower=0.2, upper=0.9)",
         )

@@ -13,11 +13,11 @@ from per_instance_accountant.accounting import Basis
 from per_instance_accountant.report.charts import Chart, Histogram, Lines, Ranges
 from per_instance_accountant.report.trajectories import Trajectories
 from per_instance_accountant.results.markup import plain
-from per_instance_accountant.results.rounding import rounded_up
+from per_instance_accountant.results.rounding import rounded_down, rounded_up
 
 if TYPE_CHECKING:
     from per_instance_accountant.audit.budget import BudgetAudit
-    from per_instance_accountant.report.evidence import BarrierEvidence, Evidence
+    from per_instance_accountant.report.evidence import BarrierEvidence, ClaimEvidence, Evidence
     from per_instance_accountant.unlearning import EveryoneSteps
 
 SMALLEST_GROUP: Final = 50
@@ -273,11 +273,20 @@ def claimed_and_measured(evidence: Evidence) -> Section:
             "A measured lower bound lies above the claimed epsilon."
         )
     chart = Ranges(
-        rows=tuple((plain(c.name), c.lower, c.claimed, c.upper) for c in evidence.claims),
-        x_label="epsilon: measured interval, and the claim (point)",
-        columns=("claim", "measured, lower", "claimed", "measured, upper"),
+        rows=tuple(_measured_range(claim) for claim in evidence.claims),
+        x_label="epsilon: measured (bar) and claimed (point)",
+        columns=("claim", "measured, at least", "claimed", "measured, at most"),
+        texts=tuple(
+            (
+                plain(claim.name),
+                rounded_down(claim.lower),
+                rounded_up(claim.claimed),
+                "not known" if claim.upper is None else rounded_up(claim.upper),
+            )
+            for claim in evidence.claims
+        ),
     )
-    note = f"Intervals at confidence {evidence.confidence:g}. {_cut(count, chart.shown)}"
+    note = f"Measured at confidence {evidence.confidence:g}. {_cut(count, chart.shown)}"
     return Section(
         title="Claimed against measured",
         finding=finding,
@@ -291,6 +300,12 @@ def claimed_and_measured(evidence: Evidence) -> Section:
 def _summarises(audit: BudgetAudit, name: str) -> bool:
     count = len(np.unique(audit.groups[name])) if name in audit.groups else 0
     return count <= min(_MOST_LABELS, max(len(audit.ids) // 2, 1))
+
+
+def _measured_range(claim: ClaimEvidence) -> tuple[str, float, float, float]:
+    """The bar: from 0 to what was demonstrated, or the interval that was measured."""
+    low, high = (0.0, claim.lower) if claim.upper is None else (claim.lower, claim.upper)
+    return plain(claim.name), low, claim.claimed, high
 
 
 def _group(row: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ import math
 from per_instance_accountant.errors import GuaranteeError
 
 _ROUND_UP = decimal.Context(prec=4, rounding=decimal.ROUND_CEILING)
+_ROUND_DOWN = decimal.Context(prec=4, rounding=decimal.ROUND_FLOOR)
 
 
 def not_nan(value: float) -> float:
@@ -33,3 +34,16 @@ def rounded_up(value: float) -> str:
     if math.isinf(not_nan(value)):
         return str(value)
     return f"{float(_ROUND_UP.create_decimal(repr(float(value)))):.4g}"
+
+
+def rounded_down(value: float) -> str:
+    """Four significant digits, never above the value: what is shown of a lower bound is a lower bound.
+
+    Raises GuaranteeError PIA011 for NaN.
+
+    >>> rounded_down(8.02573), rounded_down(0.0)
+    ('8.025', '0')
+    """
+    if math.isinf(not_nan(value)):
+        return str(value)
+    return f"{float(_ROUND_DOWN.create_decimal(repr(float(value)))):.4g}"

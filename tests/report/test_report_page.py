@@ -246,8 +246,11 @@ def test_steps_to_unlearn_are_a_distribution(source: Ledger) -> None:
 def test_a_refuted_claim_is_said_first() -> None:
     refuted = Evidence(claims=(ClaimEvidence(name="worst case", claimed=0.3, lower=0.4, upper=1.2),))
     section = sections.claimed_and_measured(refuted)
+    assert section.chart.table()[1] == [("worst case", "0.4", "0.3", "1.2")]
     assert not section.ok and section.finding.startswith("1 of 1 claims are refuted")
     assert sections.claimed_and_measured(EVIDENCE).ok
+    below = Evidence(claims=(ClaimEvidence(name="x", claimed=1.23456, lower=0.98765),))
+    assert sections.claimed_and_measured(below).chart.table()[1] == [("x", "0.9876", "1.235", "not known")]
 
 
 def test_a_barrier_is_measured_from_the_chord() -> None:
