@@ -101,7 +101,10 @@ def fifths(values: Reals) -> list[NDArray[np.int64]]:
 
 def figures_of(found: Probed, target: bool) -> dict[str, Figure]:
     """The correlation with its interval, tolerances beside it, steps by fifth of the loss, floors."""
-    key, figures = found.name, {}
+    key = found.name
+    figures = {f"{key}_tolerance": Figure(value=found.steps.tolerance)}
+    if np.unique(found.steps.settled).size < 3:
+        return figures | {f"{key}_floor": Figure(value=1.0)}
     main = found.correlation(found.losses)
     figures[f"{key}_rho_loss_steps"] = Figure(value=main.value, target=0.7 if target else None, at_least=True)
     figures[f"{key}_rho_loss_steps_low"] = Figure(
@@ -123,7 +126,6 @@ def figures_of(found: Probed, target: bool) -> dict[str, Figure]:
     for number, part in enumerate(fifths(found.losses), 1):
         figures[f"{key}_steps_fifth_{number}"] = Figure(value=float(found.steps.settled[part].mean()))
         figures[f"{key}_gap_fifth_{number}"] = Figure(value=float(found.steps.gap[part, 0].mean()))
-    figures[f"{key}_tolerance"] = Figure(value=found.steps.tolerance)
     figures[f"{key}_over_unlearned_share"] = Figure(value=float(found.steps.over.mean()))
     return figures
 
@@ -181,6 +183,8 @@ def against_scores(
     generator = np.random.default_rng(3)
     rows = generator.integers(0, len(steps), (draws, len(steps)))
     own = found.losses
+    if np.unique(steps).size < 3:
+        return {}, table
     for name, values in everything.items():
         mine = values[found.probes]
         if np.unique(mine).size < 3:

@@ -1,0 +1,83 @@
+"""Options, the JSON of numbers and the static page of figures."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import html
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import Figure, machine
+
+Plot = tuple[str, str, Mapping[str, tuple[Sequence[float], Sequence[float]]], str, str]
+"""Title, kind ("line" or "points"), series, names of the axes."""
+
+
+def options(description: str | None) -> argparse.Namespace:
+    """``--format`` and ``--quick`` as every benchmark; where to write; the user's own data and model."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--format", choices=("table", "json"), default="table")
+    parser.add_argument("--quick", action="store_true", help="small sizes, under 60 s")
+    parser.add_argument("--output", type=Path, help="folder for numbers.json and index.html")
+    parser.add_argument("--data", help="package.module:name of a dataset of (input, label) pairs")
+    parser.add_argument("--model", help="package.module:name of a classifier for it")
+    parser.add_argument("--count", type=int, default=500, help="training instances taken of --data")
+    parser.add_argument("--steps", type=int, default=400, help="training steps with --data")
+    parser.add_argument("--noise-std", type=float, default=2.0, help="of the sum of gradients, with --data")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    chosen = parser.parse_args()
+    if bool(chosen.data) != bool(chosen.model):
+        parser.error("--data and --model belong together")
+    return chosen
+
+
+def write(
+    folder: Path, name: str, figures: Mapping[str, Figure], tables: Mapping[str, Any], plots: Sequence[Plot]
+) -> None:
+    """numbers.json with everything, index.html with figures and the numbers that have a target."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = {key: figure.as_dict() for key, figure in figures.items()}
+    document = {"name": name, "machine": machine(), "figures": rows, "tables": tables}
+    (folder / "numbers.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+    targets = {key: row for key, row in rows.items() if row["target"] is not None}
+    cells = [
+        f"<tr><td>{html.escape(key)}</td><td>{row['value']:.4g}</td><td>{row['target']:g}</td>"
+        f"<td>{'holds' if row['holds'] else 'does not hold'}</td></tr>"
+        for key, row in targets.items()
+    ]
+    pictures = [
+        f'<figure><img alt="{html.escape(plot[0])}" src="data:image/png;base64,{drawn(plot)}">'
+        f"<figcaption>{html.escape(plot[0])}</figcaption></figure>"
+        for plot in plots
+    ]
+    (folder / "index.html").write_text(
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{name}</title>'
+        f"<h1>{name}</h1><p>Every number is an ESTIMATE, except claims of the accountant.</p>"
+        f"{''.join(pictures)}<table><tr><th>figure</th><th>value</th><th>target</th><th></th></tr>"
+        f"{''.join(cells)}</table></html>",
+        encoding="utf-8",
+    )
+
+
+def drawn(plot: Plot) -> str:
+    """The picture as base64 PNG."""
+    from matplotlib.figure import Figure as Canvas
+
+    title, kind, series, across, up = plot
+    canvas = Canvas(figsize=(6, 4), layout="constrained")
+    axes = canvas.subplots()
+    for number, (label, (x, y)) in enumerate(series.items()):
+        marker = "os^Dv<>P"[number % 8]
+        axes.plot(x, y, marker=marker, linestyle="-" if kind == "line" else "", label=label)
+    axes.set(title=title, xlabel=across, ylabel=up)
+    axes.set_xscale("symlog")
+    axes.legend(fontsize="small")
+    target = io.BytesIO()
+    canvas.savefig(target, format="png", dpi=90)
+    return base64.b64encode(target.getvalue()).decode()
