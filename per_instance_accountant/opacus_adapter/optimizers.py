@@ -64,9 +64,13 @@ class TrackedOptimizer(DPOptimizer):
 
     def clip_and_accumulate(self) -> None:
         gradients = self._fresh_gradients()
+        moved: dict[Any, torch.Tensor] = {}
         for p, gradient, own in zip(self.params, gradients, self.factors(gradients), strict=True):
-            factors = own.to(device=gradient.device, dtype=gradient.dtype)
-            total = torch.einsum("i,i...", factors, gradient)
+            # Once for each device and precision, not for each parameter.
+            key = (id(own), gradient.device, gradient.dtype)
+            if key not in moved:
+                moved[key] = own.to(device=gradient.device, dtype=gradient.dtype)
+            total = torch.einsum("i,i...", moved[key], gradient)
             if p.summed_grad is None:
                 p.summed_grad = total
             else:

@@ -1,0 +1,130 @@
+"""Accelerators: how often a step waits for the device, and the same numbers on CUDA as by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from per_instance_accountant import Sweep
+from per_instance_accountant.ledger import Step, Thresholds
+from per_instance_accountant.opacus_adapter import PrivacyEngine
+
+CUDA = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is present"),
+]
+WAITING = ("cpu", "item", "tolist", "__bool__", "__float__", "__int__")
+"""What makes Python wait for a device."""
+
+
+class Waits:
+    """Counts calls of methods of tensors that wait, made while a step is taken."""
+
+    def __init__(self, monkeypatch):
+        self.counts = dict.fromkeys(WAITING, 0)
+        for name in WAITING:
+            monkeypatch.setattr(torch.Tensor, name, self._counted(name, getattr(torch.Tensor, name)))
+
+    def _counted(self, name, method):
+        def call(tensor, *arguments, **named):
+            self.counts[name] += 1
+            return method(tensor, *arguments, **named)
+
+        return call
+
+
+def waits_of_a_step(start, stock, monkeypatch, engine, mode):
+    """Waits of one step: (ours, stock Opacus')."""
+    found = []
+    for made in (engine, stock()):
+        training = start(made, mode=mode)
+        batches = iter(training.loader)
+        training.step(next(batches))
+        x, y = next(batches)
+        training.optimizer.zero_grad()
+        with monkeypatch.context() as patched:
+            waits = Waits(patched)
+            training.criterion(training.model(x), y).backward()
+            training.optimizer.step()
+        found.append(waits.counts)
+    return found
+
+
+@pytest.mark.parametrize("mode", ["hooks", "functorch", "ew", "ghost"])
+def test_a_step_copies_its_norms_once_and_waits_for_nothing_else(start, stock, monkeypatch, mode):
+    ours, theirs = waits_of_a_step(start, stock, monkeypatch, None, mode)
+    added = {name: ours[name] - theirs[name] for name in WAITING}
+    # The state of the random generator lives on the host; its copy is none.
+    assert added.pop("cpu") <= 2
+    assert set(added.values()) == {0}, added
+
+
+def test_seeded_bug_a_wait_for_every_instance_is_caught(start, stock, monkeypatch):
+    engine = PrivacyEngine(accountant="rdp")
+    training_clip = torch.Tensor.norm
+
+    def chatty(self, *arguments, **named):
+        found = training_clip(self, *arguments, **named)
+        found.sum().item()
+        return found
+
+    from per_instance_accountant.opacus_adapter import clipping
+
+    squares = clipping.row_squares
+
+    def slow(gradients):
+        for gradient in gradients:
+            chatty(gradient)
+        return squares(gradients)
+
+    monkeypatch.setattr(clipping, "row_squares", slow)
+    ours, theirs = waits_of_a_step(start, stock, monkeypatch, engine, "hooks")
+    assert ours["item"] > theirs["item"]
+
+
+@pytest.mark.parametrize(
+    "mode", [pytest.param(mode, marks=CUDA) for mode in ("hooks", "functorch", "ew", "ghost")]
+)
+@pytest.mark.parametrize("rule", [None, Sweep(every=3)])
+def test_contributions_on_a_cuda_device(start, by_hand, mode, rule):
+    training = start(PrivacyEngine(accountant="rdp", charging=rule, verify="every_step"), mode=mode)
+    twin = copy.deepcopy(training.module).cpu()
+    training.module.cuda()
+    x, y = training.dataset.tensors
+    taken = []
+    for inputs, target in training.loader:
+        taken.append({name: p.detach().cpu() for name, p in training.module.named_parameters()})
+        training.step((inputs.cuda(), target.cuda()))
+    for step, parameters in zip(training.steps, taken, strict=True):
+        if len(step.positions):
+            rows = step.positions.tolist()
+            norms = np.minimum(by_hand(twin, parameters, x[rows], y[rows]), 0.8)
+            np.testing.assert_allclose(step.contributions, norms, rtol=2e-5)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=CUDA)])
+@pytest.mark.parametrize("mode", ["hooks", "functorch", "ew", "ghost"])
+@pytest.mark.parametrize("rule", [None, Sweep(every=3)])
+def test_contributions_on_a_device(start, models, by_hand, device, mode, rule):
+    training = start(PrivacyEngine(accountant="rdp", charging=rule, verify="every_step"), mode=mode)
+    twin, _ = models["perceptron"]()
+    training.module.to(device)
+    x, y = training.dataset.tensors
+    taken = []
+    for inputs, target in training.loader:
+        taken.append({name: p.detach().cpu() for name, p in training.module.named_parameters()})
+        training.step((inputs.to(device), target.to(device)))
+    limits = np.full(len(x), 0.8)
+    count = 0
+    for event in training.engine.ledger.events():
+        if isinstance(event, Thresholds):
+            limits = event.values.astype(np.float64)
+        if isinstance(event, Step):
+            rows = event.positions.tolist()
+            if rows:
+                norms = np.minimum(by_hand(twin, taken[count], x[rows], y[rows]), limits[rows])
+                np.testing.assert_allclose(event.contributions, norms, rtol=2e-5)
+            count += 1
+    assert count == len(training.loader)
+    assert all(p.device.type == device for p in training.module.parameters())
