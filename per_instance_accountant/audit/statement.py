@@ -68,6 +68,8 @@ def _mechanism(audit: BudgetAudit) -> list[str]:
     if audit.num_abandoned_steps:
         repeated = f"{audit.num_abandoned_steps} of the steps were repeated after a checkpoint was loaded"
         lines.append(f"{repeated}; both are charged.")
+    if audit.ledger is not None and audit.ledger.merge is not None:
+        lines.append(audit.ledger.merge.statement())
     if len({(p.noise_std, p.max_grad_norm, p.amplification_rate) for p in audit.phases}) > 1:
         lines.append("Noise, clip norm or rate changed: the numbers hold if the schedule was fixed before.")
     return lines

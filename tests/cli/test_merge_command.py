@@ -45,7 +45,8 @@ def test_merge_says_what_was_missing_and_audit_reads_the_result(
     assert (document["ranks"], document["steps"], document["incomplete_steps"]) == (2, 2, 1)
     assert document["incomplete"] == [[1, 2]] and document["confirmed"] is False
     assert document["anchor"] == Ledger.open(tmp_path / "whole").anchor.to_dict()
-    assert pia("audit", tmp_path / "whole").code == 0
+    audited = pia("audit", tmp_path / "whole")
+    assert audited.code == 0 and "1 steps are not in all the others" in audited.out
     table = pia("merge", *parts, "-o", tmp_path / "again")
     assert "1 steps are not in all the others" in table.out
 
