@@ -52,6 +52,8 @@ _ATTEMPTS: Final = 10
 _COSTLY: Final = 6
 """Attempts with such a step."""
 _WASTE: Final = 4e-6
+_WASTE_OF_MANY: Final = 1e-4
+"""The same where the next effort would need costly tables of many levels."""
 _ALIAS: Final = 3e-5
 """A bound is tight enough when what was added changed it, and an alias delta, by no more than this,
 relatively."""
@@ -156,9 +158,11 @@ def _tables(levels: Levels, group: int, key: tuple[float, float, int, bool]) -> 
     known = (rates.tobytes(), ratios.tobytes(), *key)
     with _cache_lock:
         line = _cache.pop(known, None)
-    if line is None:
-        abscissa, spacing, count, add = key
-        line = tabulate(rates, ratios, abscissa, spacing, count, add=add)
+        if line is not None:
+            _cache[known] = line
+            return line
+    abscissa, spacing, count, add = key
+    line = tabulate(rates, ratios, abscissa, spacing, count, add=add)
     with _cache_lock:
         _cache[known] = line
         size = sum(cached.log_moment.nbytes for cached in _cache.values())
@@ -295,7 +299,8 @@ class _Search:
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Rung and effort to try next; an effort beyond the last one: nothing is left to gain."""
         last = self.last
-        loose, known = ~(found.waste <= _WASTE), np.isfinite(found.epsilon)
+        many = effort + 1 >= _BLURRED and last < len(_NODES) - 1
+        loose, known = ~(found.waste <= (_WASTE_OF_MANY if many else _WASTE)), np.isfinite(found.epsilon)
         # An alias raises epsilon by about its share over the abscissa.
         aliased = ~(self._alias(rows, tail, found) <= _ALIAS * min(1.0, tail.abscissa))
         saddle = _saddle(self.moments[rows], np.where(known, found.epsilon, 0.0))
