@@ -195,7 +195,13 @@ def check_any_orders_are_sound(new: New, orders: tuple[float, ...], delta: float
 # ------------------------------------------------------------------------------------ Renyi divergences
 
 
-@law(**_EXTREME, order=make.orders(extreme=True), needs=("rdp",), examples=150)
+@law(
+    **_EXTREME,
+    order=make.orders(extreme=True),
+    needs=("rdp",),
+    examples=150,
+    known=({"noise_multiplier": 0.5, "sample_rate": 0.01, "order": 1030.0},),
+)
 def check_rdp_is_a_number(new: New, order: float, **step: Any) -> None:
     """The Renyi divergence of one step is in [0, inf], not NaN, and finite where the one without sampling
     is below 1e300.
@@ -259,6 +265,7 @@ def _rdp_and_truth(new: New, order: float, step: dict[str, Any]) -> tuple[float,
     orders=st.tuples(make.orders(extreme=True), make.orders(extreme=True)),
     needs=("rdp",),
     examples=100,
+    known=({"noise_multiplier": 0.5, "sample_rate": 0.016, "orders": (1.1, 2.0)},),
 )
 def check_rdp_rises_with_the_order(new: New, orders: tuple[float, float], **step: Any) -> None:
     """Renyi divergences do not fall as the order grows.

@@ -66,7 +66,7 @@ def check_noise(draws: ArrayLike, claimed_std: float, *, level: float = LEVEL) -
     if centre < level / 3:
         raise ComponentFault(f"the mean is not 0 (p = {centre:.2g})")
     # Scaled to its own std, so that more noise than claimed passes; this makes the test more lenient only.
-    shape = float(kstest(noise / noise.std(), "norm").pvalue)
+    shape = float(kstest(noise / float(noise.std()), "norm").pvalue)
     if shape < level / 3:
         raise ComponentFault(f"the draws are not Gaussian (p = {shape:.2g})")
     return float(min(small, centre, shape))
@@ -92,7 +92,7 @@ def check_noise_is_fresh(draws: ArrayLike, *, level: float = LEVEL) -> float:
     p = min(1.0, 2 * float(norm.sf(worst * math.sqrt(rows.shape[1]))) * pairs.size)
     if not p >= level:
         raise ComponentFault(f"two noise vectors have correlation {worst:.3f} (p = {p:.2g})")
-    return p
+    return float(p)
 
 
 def check_clipping(contributions: ArrayLike, thresholds: ArrayLike, *, relative: float = 1e-6) -> float:

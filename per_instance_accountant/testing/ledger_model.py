@@ -19,6 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from numpy.typing import NDArray
 
 from per_instance_accountant.accounting import account
+from per_instance_accountant.errors import LedgerError
 from per_instance_accountant.ledger import (
     Ledger,
     LedgerWriter,
@@ -55,8 +56,11 @@ class Store(Protocol):
     def resume(self, path: Path, checkpoint: Any) -> Any:
         """A writer that goes on from the checkpoint; raises if the ledger is behind it."""
 
-    def spent(self, paths: Sequence[Path]) -> tuple[int, Floats]:
-        """Steps of the run, and (N,) squared contributions added up, from the files of all ranks."""
+    def spent(self, paths: Sequence[Path]) -> tuple[int, Floats] | None:
+        """Steps of the run, and (N,) squared contributions added up, from the files of all ranks.
+
+        None: it refuses to say, as it may after a step that some ranks recorded and others did not.
+        """
 
 
 class PackageStore:
@@ -101,9 +105,14 @@ class PackageStore:
         writer.append(self._phase())
         return writer
 
-    def spent(self, paths: Sequence[Path]) -> tuple[int, Floats]:
-        """Twice the divergence at order 2 over 2, of the merged parts."""
-        ledger = merge_parts(paths, None) if len(paths) > 1 else Ledger.open(paths[0])
+    def spent(self, paths: Sequence[Path]) -> tuple[int, Floats] | None:
+        """The divergence at order 2, which is that sum, of the merged parts."""
+        try:
+            ledger = merge_parts(paths, None) if len(paths) > 1 else Ledger.open(paths[0])
+        except LedgerError as error:
+            if error.code != "PIA115":
+                raise
+            return None
         return ledger.num_steps, account(ledger, orders=[2.0]).rdp[:, 0]
 
 
@@ -181,7 +190,11 @@ class _Machine(RuleBasedStateMachine):
     def nothing_is_lost(self) -> None:
         if not hasattr(self, "paths"):
             return
-        steps, spent = self.store.spent(self.paths)
+        found = self.store.spent(self.paths)
+        if found is None:
+            require(self.partial > 0, "a complete history is refused")
+            return
+        steps, spent = found
         require(steps >= self.steps, f"{steps} steps are known of {self.steps}")
         require(bool((spent * _SLACK >= self.spent).all()), "less is charged than was spent")
         if not self.partial:

@@ -112,9 +112,11 @@ class OpacusGDP(_Opacus):
 
 
 class OpacusPerInstance(_Opacus):
-    """This package's accountant, registered with Opacus."""
+    """This package's accountant, registered with Opacus. The search for a noise is that of Opacus, and is
+    judged there."""
 
     class_name = "PerInstanceAccountant"
+    calibrate = None  # type: ignore[assignment]
 
     def __init__(self) -> None:
         adapter = _library("per_instance_accountant.opacus_adapter.accountant", "opacus")

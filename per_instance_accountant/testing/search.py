@@ -124,7 +124,7 @@ class _Probe:
             if what is None:
                 return
             if not self.failures:
-                self.stop = time.process_time() + min(_SHRINK_SECONDS, 4 * self.seconds)
+                self.stop = time.process_time() + min(_SHRINK_SECONDS, 2 * self.seconds)
             self.failures[key] = what
         self.last = (point, self.failures[key])
         raise Broken

@@ -39,6 +39,9 @@ class Counting(PackageStore):
 
     def spent(self, paths):
         found = super().spent(paths)
+        if found is None:
+            self.calls["refused"] += 1
+            return None
         self.calls["merged" if len(paths) > 1 else "single"] += 1
         self.calls["steps"] = max(self.calls["steps"], found[0])
         return found
@@ -87,14 +90,19 @@ class ReadsTheFirstRankOnly(PackageStore):
         return super().spent(paths[:1]) if len(paths) == 1 else self._first(paths)
 
     def _first(self, paths):
-        steps, spent = super().spent(paths)
+        steps, spent = super().spent(paths) or (10**6, np.full(6, np.inf))
         return steps, np.where(np.arange(len(spent)) % len(paths) == 0, spent, 0.0)
 
 
 class CountsBranchesTwice(PackageStore):
     def spent(self, paths):
-        steps, spent = super().spent(paths)
+        steps, spent = super().spent(paths) or (10**6, np.full(6, np.inf))
         return steps, spent * (2 if steps > 3 else 1)
+
+
+class RefusesToMerge(PackageStore):
+    def spent(self, paths):
+        return None if len(paths) > 1 else super().spent(paths)
 
 
 class RoundsDown(PackageStore):
@@ -111,6 +119,7 @@ def test_the_model_holds_for_the_ledger_of_this_package():
     run(store)
     assert min(store.calls[name] for name in ("resumed", "resumed behind", "merged", "single")) > 5
     assert store.calls["steps"] >= 4
+    assert store.calls["refused"] <= 0.1 * store.calls["merged"]
 
 
 @pytest.mark.parametrize(
@@ -122,6 +131,7 @@ def test_the_model_holds_for_the_ledger_of_this_package():
         (ReadsTheFirstRankOnly, "less is charged"),
         (CountsBranchesTwice, "more is charged"),
         (RoundsDown, "less is charged"),
+        (RefusesToMerge, "a complete history is refused"),
     ],
 )
 def test_a_store_with_a_mistake_is_noticed(store, what):
