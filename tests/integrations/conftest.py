@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from per_instance_accountant.integrations import desk
 from per_instance_accountant.ledger import Step
 
 torch.set_num_threads(1)
@@ -62,3 +64,10 @@ def check_steps(
 @pytest.fixture
 def torch_seed() -> None:
     torch.manual_seed(3)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Generators that would be seeded afresh get one number after the other, so that tests repeat."""
+    numbers = itertools.count(20)
+    monkeypatch.setattr(desk.secrets, "randbits", lambda bits: next(numbers))

@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 from torch.utils.data import DataLoader
 
-from per_instance_accountant import PrivacyEngine, Sweep
+from per_instance_accountant import PrivacyEngine, PrivacyFilter, Sweep
 from per_instance_accountant.errors import PiaError
 from per_instance_accountant.integrations.accelerate import AcceleratedLoader, prepare
 from per_instance_accountant.ledger import Step
@@ -148,3 +148,11 @@ def test_ghost_clipping_is_refused():
     engine, _, private = made(grad_sample_mode="ghost")
     with pytest.raises(PiaError, match=r"PIA100.*ghost"):
         prepare(Accelerator(cpu=True), engine, private[0], private[1], private[-1])
+
+
+def test_a_budget_can_end_the_epochs_quietly(torch_seed):
+    budget = PrivacyFilter(budget=1.6, delta=1e-2, on_spent="stop")
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    engine, module, private = made(engine=PrivacyEngine(accountant="rdp", filter=budget))
+    snapshots = loop(accelerator, module, prepare(accelerator, engine, *private))
+    assert 0 < engine.ledger.num_steps == len(snapshots) < 14

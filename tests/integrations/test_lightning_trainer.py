@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from per_instance_accountant import PrivacyEngine, PrivacyFilter, Sweep, audit
+from per_instance_accountant import PrivacyEngine, PrivacyFilter, Sweep, account, audit
 from per_instance_accountant.errors import PiaError
 from per_instance_accountant.integrations.lightning import IndividualPrivacyCallback, PrivateLoader
 from per_instance_accountant.ledger import Ledger, Resume, Step, Thresholds
@@ -253,3 +253,41 @@ def test_a_model_of_several_parts_is_called_as_a_whole(tmp_path, torch_seed):
     assert privacy.engine.ledger.num_steps == 11
     with pytest.raises(PiaError, match="PIA005"):
         run(tmp_path, module=Twice(), max_epochs=1)
+
+
+def test_a_budget_can_end_the_run_quietly(tmp_path, torch_seed):
+    budget = PrivacyFilter(budget=1.6, delta=1e-2, on_spent="stop")
+    engine = PrivacyEngine(accountant="rdp", filter=budget)
+    _, _, trainer = run(tmp_path, engine=engine, accumulate_grad_batches=2, max_epochs=5)
+    assert trainer.global_step == engine.ledger.num_steps > 0
+    assert account(engine.ledger).epsilon(1e-2).max() <= 1.6
+
+
+def test_validation_and_checkpoints_inside_an_epoch(tmp_path, torch_seed):
+    class Validated(Module):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("loss", nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+
+        def val_dataloader(self) -> DataLoader[Any]:
+            return DataLoader(examples(), batch_size=31)
+
+    saved = L.pytorch.callbacks.ModelCheckpoint(dirpath=tmp_path / "c", every_n_train_steps=2, save_top_k=-1)
+    module, privacy, _ = run(
+        tmp_path,
+        module=Validated(),
+        accumulate_grad_batches=3,
+        callbacks=[saved],
+        enable_checkpointing=True,
+        val_check_interval=3,
+    )
+    assert len(list((tmp_path / "c").iterdir())) == 4
+    check_steps(privacy.engine, module.snapshots, own_loss)
+
+
+def test_skipping_inside_a_training_step_is_noticed(tmp_path, torch_seed):
+    class Skipping(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return None if batch_idx == 1 else super().training_step(batch, batch_idx)
+
+    with pytest.raises(PiaError, match="PIA005"):
+        run(tmp_path, module=Skipping())

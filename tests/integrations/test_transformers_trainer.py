@@ -345,3 +345,66 @@ def test_last_seen_is_an_estimate_here_too(tmp_path, torch_seed):
     trainer, privacy, _ = training(tmp_path, engine=PrivacyEngine(charging=LastSeen()), max_steps=2)
     trainer.train()
     assert account(privacy.engine.ledger).basis.name == "ESTIMATE"
+
+
+def test_training_again_goes_on_in_the_same_ledger(tmp_path, torch_seed):
+    trainer, privacy, snapshots = training(tmp_path, parts=2, max_steps=3)
+    trainer.train()
+    trainer.train()
+    assert privacy.engine.ledger.num_steps == 6
+    check_steps(privacy.engine, snapshots.weights, own_loss)
+
+
+def test_evaluation_and_workers_do_not_shift_the_attribution(tmp_path, torch_seed):
+    class Evaluating(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_evaluate = True
+
+    trainer, privacy, snapshots = training(
+        tmp_path, parts=3, max_steps=5, dataloader_num_workers=1, dataloader_persistent_workers=True
+    )
+    trainer.eval_dataset = Sentences()
+    trainer.add_callback(Evaluating())
+    trainer.train()
+    trainer.predict(Sentences())
+    assert privacy.engine.ledger.num_steps == 5
+    check_steps(privacy.engine, snapshots.weights, own_loss)
+
+
+def test_a_loss_of_two_forward_passes_is_refused(tmp_path, monkeypatch):
+    def twice(self: Any, model: Any, inputs: Any, **_: Any) -> torch.Tensor:
+        return (model(**inputs).loss + model(**inputs).loss) / 2
+
+    monkeypatch.setattr(Trainer, "compute_loss", twice)
+    trainer, privacy, _ = training(tmp_path, max_steps=2)
+    with pytest.raises(PiaError, match=r"PIA001.*a second time"):
+        trainer.train()
+    assert privacy.engine.ledger.num_steps == 0
+
+
+def test_a_budget_that_stops_the_run_raises_before_the_step(tmp_path, torch_seed):
+    budget = PrivacyFilter(budget=1.6, delta=1e-2, on_spent="stop")
+    engine = PrivacyEngine(accountant="rdp", charging=WorstCase(), filter=budget)
+    trainer, _, _ = training(tmp_path, engine=engine)
+    with pytest.raises(PiaError, match="PIA020"):
+        trainer.train()
+    assert account(engine.ledger).epsilon(1e-2).max() <= 1.6
+    assert engine.ledger.num_steps > 0
+
+
+def test_another_batch_size_after_a_resume_is_a_phase_of_its_own(tmp_path, torch_seed):
+    for size, steps, resume in ((4, 3, None), (8, 5, str(tmp_path / "checkpoint-2"))):
+        engine = PrivacyEngine(accountant="rdp", ledger=tmp_path / "run")
+        trainer, _, _ = training(
+            tmp_path,
+            engine=engine,
+            per_device_train_batch_size=size,
+            max_steps=steps,
+            save_strategy="steps",
+            save_steps=2,
+            ignore_data_skip=True,
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        engine.close()
+    assert [phase.sample_rate for phase in Ledger.open(tmp_path / "run").phases] == [0.1, 0.2]
+    assert engine.accountant.history == [(1.0, 0.1, 2), (1.0, 0.2, 3)]
