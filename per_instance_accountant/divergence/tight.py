@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -140,15 +141,21 @@ def sampled_gaussian_delta(
 
 def _by_rdp(runs: _Runs, convert: Callable[[Floats], float | Floats]) -> Floats:
     """What the RDP of the runs implies, (n,)."""
-    table = np.empty((runs.ratios.size, _ORDERS.size))
-    for rate in np.unique(runs.rates):
-        rows = runs.rates == rate
-        table[rows] = sampled_gaussian_rdp(float(rate), runs.ratios[rows], _ORDERS)
-    table *= 1 + (runs.ratios.size + 8) * UNIT
-    # A level whose RDP overflows silences an order for the runs that use it, not for the others.
-    table = np.where(np.isfinite(table), table, 1e300)
+    table = _rdp_table(runs.rates.tobytes(), runs.ratios.tobytes())
     parts = [runs.counts[start : start + _CHUNK] @ table for start in range(0, len(runs.counts), _CHUNK)]
     return np.concatenate([np.asarray(convert(np.where(part < 1e299, part, np.inf))) for part in parts])
+
+
+@lru_cache(maxsize=8)
+def _rdp_table(rates: bytes, ratios: bytes) -> Floats:
+    """(k, orders): Renyi divergences of one step at each level."""
+    q, a = np.frombuffer(rates), np.frombuffer(ratios)
+    table = np.empty((a.size, _ORDERS.size))
+    for rate in np.unique(q):
+        table[q == rate] = sampled_gaussian_rdp(float(rate), a[q == rate], _ORDERS)
+    table *= 1 + (a.size + 8) * UNIT
+    # A level whose RDP overflows silences an order for the runs that use it, not for the others.
+    return np.where(np.isfinite(table), table, 1e300)
 
 
 def _improved(runs: _Runs, best: Floats, solve: Callable[[Floats, Floats, Floats, Floats], Floats]) -> Floats:
