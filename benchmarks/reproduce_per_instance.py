@@ -36,7 +36,7 @@ Part = tuple[dict[str, Figure], dict[str, Any], list[Plot]]
 def sizes(quick: bool) -> dict[str, int]:
     if quick:
         return {"probes": 12, "seeds": 4, "ledgers": 1, "subsets": 0, "groups": 16, "draws": 50}
-    return {"probes": 40, "seeds": 10, "ledgers": 2, "subsets": 48, "groups": 24, "draws": 200}
+    return {"probes": 40, "seeds": 10, "ledgers": 2, "subsets": 120, "groups": 24, "draws": 200}
 
 
 def per_instance(case: Case, quick: bool, device: str) -> Part:

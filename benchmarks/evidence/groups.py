@@ -101,7 +101,7 @@ def accuracy_figures(found: Grouped) -> dict[str, Figure]:
 def steps_figures(found: Grouped, draws: int) -> tuple[dict[str, Figure], list[float]]:
     """Steps to the oracle for every group, and hardest minus easiest fifth in gap and steps, over
     seeds."""
-    course, tolerance = found.course, resolved_tolerance(found.course)
+    course, tolerance = found.course, resolved_tolerance(found.course.unlearned, found.course.oracle)
     steps = steps_to_oracle(course.unlearned, course.oracle, course.at, tolerance).settled
     generator = np.random.default_rng(2)
     count = len(found.seeds)
@@ -245,7 +245,9 @@ def size_figures(
     for size in (n for n in sizes if n <= len(parts[0])):
         requests = [generator.choice(parts[which], size, replace=False).tolist() for which in (0, 4)]
         course = unlearning_course(case.start(seeds), case.train, requests, case.noisy, seeds=seeds, at=LOOKS)
-        found = steps_to_oracle(course.unlearned, course.oracle, course.at, resolved_tolerance(course))
+        found = steps_to_oracle(
+            course.unlearned, course.oracle, course.at, resolved_tolerance(course.unlearned, course.oracle)
+        )
         for row, name in enumerate(("easiest", "hardest")):
             figures[f"{key}_size_{size}_{name}_steps"] = Figure(value=float(found.settled[row]))
             figures[f"{key}_size_{size}_{name}_gap"] = Figure(value=float(found.gap[row, 0]))

@@ -1,0 +1,50 @@
+"""Is an instance hard to forget by itself, or for an algorithm? Six algorithms on three data sets.
+
+Difficulty is the number of steps to the retrained model, two-sided. Which pairs of algorithms agree on
+the order of the instances, where there is a floor, and which factors predict it; 95 % bootstrap
+intervals over instances. ``--quick`` takes wine alone; ``--data`` and ``--model`` take the user's own.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from benchmarks import Figure, report
+from benchmarks.evidence.algorithms import compared
+from benchmarks.evidence.cases import BUNDLED, own
+from benchmarks.evidence.writing import Plot, options, write
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    chosen = options(__doc__)
+    start = time.perf_counter()
+    if chosen.data:
+        cases = [own(chosen.data, chosen.model, chosen.count, chosen.count, chosen.noise_std, chosen.steps)]
+    else:
+        cases = [BUNDLED[name]() for name in (("wine",) if chosen.quick else BUNDLED)]
+    figures: dict[str, Figure] = {}
+    tables: dict[str, Any] = {}
+    plots: list[Plot] = []
+    probes, seeds = (12, range(3)) if chosen.quick else (32, range(5))
+    for case in cases:
+        found, tables[case.name] = compared(case, probes, seeds)
+        figures |= found
+        rows = tables[case.name]["factors"]
+        series = {
+            method: (list(range(len(row))), [value[0] for value in row.values()])
+            for method, row in rows.items()
+        }
+        plots.append((f"{case.name}: factors against steps", "line", series, "factor", "rank correlation"))
+    figures["wall_s"] = Figure(value=time.perf_counter() - start, target=60.0 if chosen.quick else None)
+    figures["cpu_s"] = Figure(value=time.process_time(), target=900.0)
+    if chosen.output:
+        write(chosen.output, "reproduce_difficulty", figures, tables, plots)
+    report("reproduce_difficulty", figures, chosen.format)
+
+
+if __name__ == "__main__":
+    main()
