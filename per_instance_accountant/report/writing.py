@@ -85,6 +85,18 @@ def report_html(
 
     Raises UsageError PIA070 for an unknown audience or a budget below 0, PIA071 for an unknown grouping, or
     for steps of more instances than the audit has.
+
+    >>> from per_instance_accountant import audit
+    >>> from per_instance_accountant.ledger import LedgerWriter, Phase, Run, Step
+    >>> import numpy as np
+    >>> writer = LedgerWriter.create(None, Run(num_instances=2))
+    >>> writer.append(Phase(
+    ...     kind="train", sampling="poisson", sample_rate=0.5, noise_std=2.0, max_grad_norm=1.0,
+    ...     charging="worst_case", denominator=1.0, learning_rate=0.1))
+    >>> writer.append(Step(positions=np.array([1]), contributions=np.ones(1, np.float32)))
+    >>> page = report_html(audit(writer.ledger()))
+    >>> page.count("<figure"), "<script" in page
+    (2, False)
     """
     readers = _checked(audit, audience, budget, by, everyone)
     internal = readers is Audience.INTERNAL
