@@ -95,11 +95,11 @@ class IndividualPrivacyCallback(TrainerCallback, ExportableState):
         own_randomness(optimizer, loader)
         desk = Desk(self.engine.tracker)
         loader.consumer = desk
-        if trainer.compute_loss_func is None:
+        if trainer.compute_loss_func is not None:
+            trainer.compute_loss_func = _InstanceMean(trainer.compute_loss_func)
+        elif not getattr(trainer, "loss_is_scaled_for_ga", None):
             # The Trainer divides by the number of accumulated batches; each is a part of one draw already.
             optimizer.gradient_scale = float(parts)
-        else:
-            trainer.compute_loss_func = _InstanceMean(trainer.compute_loss_func)
         trainer.model_accepts_loss_kwargs = False
         model.register_forward_pre_hook(_TicketHook(desk), with_kwargs=True, prepend=True)
         tickets = TicketLoader(split_evenly(loader, parts), desk, stand_in(loader, optimizer))
