@@ -83,26 +83,6 @@ def test_seeded_bug_a_wait_for_every_instance_is_caught(start, stock, monkeypatc
     assert ours["item"] > theirs["item"]
 
 
-@pytest.mark.parametrize(
-    "mode", [pytest.param(mode, marks=CUDA) for mode in ("hooks", "functorch", "ew", "ghost")]
-)
-@pytest.mark.parametrize("rule", [None, Sweep(every=3)])
-def test_contributions_on_a_cuda_device(start, by_hand, mode, rule):
-    training = start(PrivacyEngine(accountant="rdp", charging=rule, verify="every_step"), mode=mode)
-    twin = copy.deepcopy(training.module).cpu()
-    training.module.cuda()
-    x, y = training.dataset.tensors
-    taken = []
-    for inputs, target in training.loader:
-        taken.append({name: p.detach().cpu() for name, p in training.module.named_parameters()})
-        training.step((inputs.cuda(), target.cuda()))
-    for step, parameters in zip(training.steps, taken, strict=True):
-        if len(step.positions):
-            rows = step.positions.tolist()
-            norms = np.minimum(by_hand(twin, parameters, x[rows], y[rows]), 0.8)
-            np.testing.assert_allclose(step.contributions, norms, rtol=2e-5)
-
-
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=CUDA)])
 @pytest.mark.parametrize("mode", ["hooks", "functorch", "ew", "ghost"])
 @pytest.mark.parametrize("rule", [None, Sweep(every=3)])
