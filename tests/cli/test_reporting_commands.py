@@ -11,6 +11,7 @@ import pytest
 
 from per_instance_accountant import audit
 from tests.cli.conftest import NUM_INSTANCES, Pia
+from tests.cli.test_process import run
 
 
 def test_report_writes_a_private_page_and_says_so(pia: Pia, ledger: Path, tmp_path: Path) -> None:
@@ -94,3 +95,9 @@ def test_export_needs_a_place(pia: Pia, ledger: Path) -> None:
 def test_completion_is_offered_for_shells(pia: Pia) -> None:
     shown = pia("--show-completion", "bash")
     assert shown.code == 0 and "_pia_completion" in shown.out
+
+
+def test_the_page_loads_neither_torch_nor_a_plotting_library(ledger: Path, tmp_path: Path) -> None:
+    done = run("report", ledger, "-o", tmp_path / "page.html", NO_COLOR="1", TERM="dumb")
+    assert done.returncode == 0 and done.stderr.splitlines()[-1] == "loaded:"
+    assert "\x1b" not in done.stdout
