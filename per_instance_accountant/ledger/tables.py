@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from per_instance_accountant.errors import LedgerError, UsageError
 from per_instance_accountant.ledger.records import Phase, Step, Thresholds
+from per_instance_accountant.ledger.storage import sync_directory
 
 if TYPE_CHECKING:
     from per_instance_accountant.ledger.reader import Ledger
@@ -95,10 +96,15 @@ class _Replacement:
         return self._file
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._file.close()
-        if kind is None:
-            os.replace(self._draft, self._target)
-        else:
+        try:
+            with self._file:
+                if kind is None:
+                    self._file.flush()
+                    os.fsync(self._file.fileno())
+            if kind is None:
+                os.replace(self._draft, self._target)
+                sync_directory(self._target.parent)
+        finally:
             self._draft.unlink(missing_ok=True)
 
 

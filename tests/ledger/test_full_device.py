@@ -118,3 +118,21 @@ def test_a_merge_that_fails_at_any_write_leaves_nothing(
         break
     assert failing.number > 6 and failing.calls < failing.number
     assert merged.digest == Ledger.open(tmp_path / "whole").digest
+
+
+def test_an_export_is_on_the_device_before_it_takes_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, calls = tmp_path / "run", []
+    course(path, [])
+    for name in ("fsync", "replace"):
+        original = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, n=name, o=original: (calls.append(n), o(*a))[1])
+    Ledger.open(path).export(tmp_path / "tables")
+    assert calls == ["fsync", "replace", "fsync"] * 4
+    failing = Failing(os.fsync, 3)
+    monkeypatch.setattr(os, "fsync", failing)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "tables").iterdir()}
+    with pytest.raises(LedgerError, match="PIA041"):
+        Ledger.open(path).export(tmp_path / "tables", overwrite=True)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "tables").iterdir()} == before
