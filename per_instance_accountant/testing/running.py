@@ -138,7 +138,7 @@ def run_checks(
     >>> from per_instance_accountant.testing.accountants import RenyiAccountant
     >>> report = run_checks(RenyiAccountant, laws=["rdp_is_a_number"], examples=20)
     >>> report.ok, report.examples
-    (True, 20)
+    (True, 21)
     """
     verdicts = [check.law.judge(accountant, examples=examples, seconds=seconds) for check in named(laws)]
     return Report(accountant=name_of(accountant), verdicts=tuple(verdicts))

@@ -63,7 +63,7 @@ def test_exit_codes_and_pages(seeded_file):
     held = pia(OURS, "--law", "rdp_is_a_number", "--examples", "4", "--format", "json")
     document = json.loads(held.stdout)
     assert held.exit_code == 0
-    assert (document["ok"], document["laws_run"], document["examples"]) == (True, 1, 4)
+    assert (document["ok"], document["laws_run"], document["examples"]) == (True, 1, 5)
     broken = pia(f"{seeded_file}:CountsChanges", "--law", "steps_are_counted")
     assert broken.exit_code == 1
     assert "smallest input: steps=1, repeats=2" in broken.stdout and "1 laws run, 1 broken" in broken.stdout
@@ -108,3 +108,19 @@ def test_the_limit_is_lifted_after_the_block():
 def _loop():
     while True:
         pass
+
+
+def test_the_room_does_without_torch_and_opacus():
+    code = (
+        "import sys, per_instance_accountant.testing.releases, per_instance_accountant.testing.audits, "
+        "per_instance_accountant.testing.ledger_model, per_instance_accountant.testing.peers; "
+        "print({'torch', 'opacus', 'dp_accounting'} & {name.partition('.')[0] for name in sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_a_missing_extra_is_named():
+    code = "import sys; sys.modules['mpmath'] = None; import per_instance_accountant.testing"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "PIA061: mpmath is not installed" in done.stderr
