@@ -29,16 +29,17 @@ def main() -> None:
     figures: dict[str, Figure] = {}
     tables: dict[str, Any] = {}
     plots: list[Plot] = []
-    probes, seeds = (12, range(3)) if chosen.quick else (32, range(5))
+    probes, seeds = (12, range(3)) if chosen.quick else (24, range(6))
     for case in cases:
-        found, tables[case.name] = compared(case, probes, seeds)
-        figures |= found
-        rows = tables[case.name]["factors"]
-        series = {
-            method: (list(range(len(row))), [value[0] for value in row.values()])
-            for method, row in rows.items()
-        }
-        plots.append((f"{case.name}: factors against steps", "line", series, "factor", "rank correlation"))
+        for hardest in (False, True):
+            found, table = compared(case, probes, seeds, hardest)
+            name = f"{case.name}_{'hardest' if hardest else 'all'}"
+            figures, tables[name] = figures | found, table
+            series = {
+                method: (list(range(len(row))), [value[0] for value in row.values()])
+                for method, row in table["factors"].items()
+            }
+            plots.append((f"{name}: factors against steps", "line", series, "factor", "rank correlation"))
     figures["wall_s"] = Figure(value=time.perf_counter() - start, target=60.0 if chosen.quick else None)
     figures["cpu_s"] = Figure(value=time.process_time(), target=900.0)
     if chosen.output:

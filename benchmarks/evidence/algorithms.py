@@ -137,13 +137,20 @@ def factors(case: Case, course: Course, seeds: range, losses: Reals) -> dict[str
     }
 
 
-def compared(case: Case, probes: int, seeds: range) -> tuple[dict[str, Figure], dict[str, Any]]:
-    """All algorithms on one data set: cross-algorithm agreement, factors, floors."""
+def compared(
+    case: Case, probes: int, seeds: range, hardest: bool
+) -> tuple[dict[str, Figure], dict[str, Any]]:
+    """All algorithms on one data set: cross-algorithm agreement, factors, floors. hardest: probes from
+    the hardest fifth of the loss only, since most others start within the tolerance and agree by
+    ties."""
     losses = ledger_losses(case, case.noisy, range(1))[0][0]
+    eligible = np.argsort(losses, kind="stable")[-len(losses) // 5 :] if hardest else np.arange(len(losses))
+    chosen = eligible[spread_over(losses[eligible], probes)]
+    prefix = f"{case.name}_{'hardest' if hardest else 'all'}"
     course = unlearning_course(
         case.start(seeds),
         case.train,
-        spread_over(losses, probes)[:, None].tolist(),
+        chosen[:, None].tolist(),
         case.silent,
         seeds=seeds,
         at=LOOKS,
@@ -156,11 +163,11 @@ def compared(case: Case, probes: int, seeds: range) -> tuple[dict[str, Figure], 
     }
     steps = {name: one.first.astype(np.float64) for name, one in reached.items()}
     gaps = {name: np.abs(one.gap[:, -1]) for name, one in reached.items()}
-    figures = {f"{case.name}_tolerance": Figure(value=tolerance)}
+    figures = {f"{prefix}_tolerance": Figure(value=tolerance)}
     tables: dict[str, Any] = {"factors": {}, "agreement": {}, "final_gap_agreement": {}}
     floors = {name: float((one <= 2).mean()) for name, one in steps.items()}
     for name, one in steps.items():
-        key = f"{case.name}_{name}"
+        key = f"{prefix}_{name}"
         figures[f"{key}_within_two_steps"] = Figure(value=floors[name])
         figures[f"{key}_never"] = Figure(value=float((one > LOOKS[-1]).mean()))
         figures[f"{key}_steps_mean"] = Figure(value=float(one.mean()))
@@ -169,7 +176,7 @@ def compared(case: Case, probes: int, seeds: range) -> tuple[dict[str, Figure], 
         for other in ranked[place + 1 :]:
             rho = rank_correlation(steps[name], steps[other], draws=300)
             free = max(floors[name], floors[other]) <= FLOOR
-            key = f"{case.name}_agreement_{name}_{other}"
+            key = f"{prefix}_agreement_{name}_{other}"
             figures[key] = Figure(value=rho.value, target=0.7 if free else None, at_least=True)
             tables["agreement"][f"{name} {other}"] = [rho.value, rho.low, rho.high]
             final = rank_correlation(gaps[name], gaps[other], draws=300)
@@ -188,5 +195,5 @@ def compared(case: Case, probes: int, seeds: range) -> tuple[dict[str, Figure], 
                 row[factor] = [rho.value, rho.low, rho.high]
         tables["factors"][name] = row
     negative = [row for row in tables["final_gap_agreement"].values() if row[2] < 0]
-    figures[f"{case.name}_final_gap_pairs_that_disagree_in_sign"] = Figure(value=float(len(negative)))
+    figures[f"{prefix}_final_gap_pairs_that_disagree_in_sign"] = Figure(value=float(len(negative)))
     return figures, tables
