@@ -86,7 +86,7 @@ class Recorder:
         self._swept: Norms | None = None
         """Norms of all rows at the present parameters, as long as nobody knows the loss of the loop."""
         self._compared: list[Norms] = []
-        self._denominator = optimizer.expected_batch_size
+        self._denominator: float | None = None
         self.spending: Spending | None = None
         """What was spent of the budgets of a privacy filter; None without one."""
         self._running: RunningLoss | None = None
@@ -270,7 +270,7 @@ class Recorder:
             self._append(writer, self.mechanism())
             self._stated = inputs
         self._append(writer, step)
-        self._swept, self._compared = None, []
+        self._swept, self._compared, self._denominator = None, [], self.optimizer.expected_batch_size
         self._until_sweep = max(0, self._until_sweep - 1)
 
     def _refuse_changes(self) -> None:
@@ -283,7 +283,7 @@ class Recorder:
                 "Steps would be charged at a rate they were not drawn at",
                 "make_private with a new loader and engine.load_checkpoint for another rate",
             )
-        if self.optimizer.expected_batch_size != self._denominator:
+        if self._denominator not in (None, self.optimizer.expected_batch_size):
             raise GuaranteeError(
                 "PIA092",
                 "expected_batch_size was changed during training",
