@@ -1,13 +1,16 @@
-"""Pictures of a continual run, where matplotlib is installed."""
+"""Pictures, where matplotlib is installed."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from per_instance_accountant.errors import MissingDependencyError, UsageError
+from per_instance_accountant.evaluation.barriers import LossBarrier
 
 
 def plot_damage(accuracy: ArrayLike, forgotten: ArrayLike, path: str | os.PathLike[str]) -> None:
@@ -28,17 +31,8 @@ def plot_damage(accuracy: ArrayLike, forgotten: ArrayLike, path: str | os.PathLi
             "Nothing was drawn",
             "plot_damage(accuracy_before_and_after_each, run.forgotten[0], 'damage.svg')",
         )
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(
-            "PIA061",
-            "matplotlib is not installed",
-            "Nothing was drawn; the numbers are complete without the picture",
-            "pip install 'per-instance-accountant[plots]'",
-        ) from error
+    figure = _figure(8)
     turns = np.arange(1, count + 1)
-    figure = Figure(figsize=(8, 3), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.bar(turns, 100 * (kept[:-1] - kept[1:]))
     left.set(xlabel="request", ylabel="retained accuracy lost (points)", xticks=turns)
@@ -48,3 +42,39 @@ def plot_damage(accuracy: ArrayLike, forgotten: ArrayLike, path: str | os.PathLi
     right.set(xlabel="after request", ylabel="still forgotten (%)", xticks=turns, ylim=(-5, 105))
     right.legend()
     figure.savefig(os.fspath(path))
+
+
+def plot_barriers(barriers: Mapping[str, LossBarrier], path: str | os.PathLike[str]) -> None:
+    """Draw the mean loss on the line for every named barrier (before, during, after; or groups), one model after
+    another averaged, and write the picture to ``path`` (its ending chooses the format).
+
+    Raises UsageError PIA071 for none, MissingDependencyError PIA061 without matplotlib.
+    """
+    if not barriers:
+        raise UsageError(
+            "PIA071",
+            "no barrier was given",
+            "Nothing was drawn",
+            "plot_barriers({'a': barrier}, 'line.svg')",
+        )
+    figure = _figure(5)
+    axes = figure.subplots()
+    for number, (name, barrier) in enumerate(barriers.items()):
+        loss = barrier.path.reshape(len(barrier.path), -1).mean(1)
+        axes.plot(np.linspace(0, 1, len(loss)), loss, marker="os^Dv<>P"[number % 8], label=name)
+    axes.set(xlabel="share of the second model", ylabel="mean loss (nats)")
+    axes.legend()
+    figure.savefig(os.fspath(path))
+
+
+def _figure(width: float) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            "PIA061",
+            "matplotlib is not installed",
+            "Nothing was drawn; the numbers are complete without the picture",
+            "pip install 'per-instance-accountant[plots]'",
+        ) from error
+    return Figure(figsize=(width, 3), layout="constrained")
