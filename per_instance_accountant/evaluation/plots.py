@@ -45,17 +45,14 @@ def plot_damage(accuracy: ArrayLike, forgotten: ArrayLike, path: str | os.PathLi
 
 
 def plot_barriers(barriers: Mapping[str, LossBarrier], path: str | os.PathLike[str]) -> None:
-    """Draw the mean loss on the line for every named barrier (before, during, after; or groups), one model after
-    another averaged, and write the picture to ``path`` (its ending chooses the format).
+    """Draw the mean loss on the line for every named barrier (before, after; or groups), averaged over
+    models, and write the picture to ``path`` (its ending chooses the format).
 
     Raises UsageError PIA071 for none, MissingDependencyError PIA061 without matplotlib.
     """
     if not barriers:
         raise UsageError(
-            "PIA071",
-            "no barrier was given",
-            "Nothing was drawn",
-            "plot_barriers({'a': barrier}, 'line.svg')",
+            "PIA071", "no barrier was given", "Nothing was drawn", "plot_barriers({'a': barrier}, 'line.svg')"
         )
     figure = _figure(5)
     axes = figure.subplots()
