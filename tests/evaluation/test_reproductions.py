@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from benchmarks import Figure
-from benchmarks.evidence.cases import images, own, training
+from benchmarks.evidence.algorithms import compared
+from benchmarks.evidence.cases import BUNDLED, images, own, training
 from benchmarks.evidence.losses import ledger_losses
 from benchmarks.evidence.prediction import hardest_found, probe, resolved_tolerance, spread_over
 from benchmarks.evidence.writing import write
@@ -92,3 +93,17 @@ def test_barriers_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingDependencyError, match="PIA061"):
         plot_barriers({"before": barrier}, tmp_path / "none.svg")
+
+
+def test_six_algorithms_are_compared_with_their_floors_named() -> None:
+    figures, tables = compared(BUNDLED["wine"](), 10, range(3), True)
+    floors = [figure for key, figure in figures.items() if key.endswith("within_two_steps")]
+    assert len(floors) == 6 and all(0 <= floor.value <= 1 for floor in floors)
+    pairs = {key: figure for key, figure in figures.items() if "_agreement_" in key}
+    assert pairs and all(-1 <= figure.value <= 1 for figure in pairs.values())
+    floored = {key for key in pairs if pairs[key].target is None}
+    end = "_within_two_steps"
+    high = [key.removesuffix(end) for key, f in figures.items() if key.endswith(end) and f.value > 0.5]
+    for name in (key.removeprefix("wine_hardest_") for key in high):
+        assert {key for key in pairs if name in key} <= floored
+    assert {"privacy_loss", "membership", "parameter_shift"} <= set(tables["factors"]["scrub"])

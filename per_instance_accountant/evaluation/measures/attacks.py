@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import rankdata
 
 from per_instance_accountant.errors import UsageError
 from per_instance_accountant.evaluation.measures.intervals import COVERAGE, finite, permuted, require
@@ -179,9 +178,3 @@ def simple_attacks(
         ]
         for name in first
     }
-
-
-def average_rank(values: Reals) -> Reals:
-    """(n,) mean over models of the ranks within each model, ties averaged; values: (K, n)."""
-    ranks: Reals = rankdata(values, axis=1).mean(0)
-    return ranks
