@@ -47,6 +47,7 @@ from per_instance_accountant.ledger.records import Drop, Filter, Step, Threshold
 from per_instance_accountant.opacus_adapter import attach
 from per_instance_accountant.results.rounding import rounded_up
 from per_instance_accountant.unlearning import Certificate, UnlearningPlan, bound_of, issue
+from per_instance_accountant.unlearning.execution import unplanned_since
 
 SAVE_EVERY = 25
 
@@ -172,6 +173,14 @@ def _refuse_other_moment(plan: UnlearningPlan, ledger: Ledger, *, resuming: bool
             "PIA033",
             f"the plan was made after {plan.anchor.steps} steps, the ledger holds {ledger.num_steps}",
             "The plan covers no step that was taken after it",
+            "plan again: plan(ledger, ids=ids, ...)",
+        )
+    unplanned = unplanned_since(ledger, plan.anchor.sequence)
+    if unplanned and not resuming:
+        raise PlanError(
+            "PIA033",
+            f"{unplanned} statistics were published or updates made from public data since the plan",
+            "The plan does not count them, so no certificate could be issued",
             "plan again: plan(ledger, ids=ids, ...)",
         )
 

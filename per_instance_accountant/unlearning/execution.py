@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from per_instance_accountant.ledger import Ledger
-from per_instance_accountant.ledger.records import Phase, Resume, Step, Thresholds
+from per_instance_accountant.ledger.records import Disclosure, Phase, PublicStep, Resume, Step, Thresholds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -62,6 +62,18 @@ def read_execution(ledger: Ledger, *, first: int, steps: int, plan_digest: str) 
         strays=walk.strays,
         went_back=walk.went_back,
     )
+
+
+def unplanned_since(ledger: Ledger, sequence: int, last: int | None = None) -> int:
+    """Published statistics and updates from public data after frame ``sequence``, up to frame ``last``: no
+    plan that was made at ``sequence`` counts them. Raises LedgerError for damage."""
+    found = (
+        isinstance(event, Disclosure | PublicStep)
+        and sequence < walk.sequence
+        and (last is None or walk.sequence <= last)
+        for walk, event in ledger.passing()
+    )
+    return sum(found)
 
 
 def _resume(walk: _Walk, event: Resume, first: int) -> None:

@@ -49,6 +49,7 @@ class FilterReplay:
         self._spending: Spending | None = None
         self._before: list[Event] = []
         self._leaving: list[NDArray[np.int64]] = []
+        self._public = np.zeros(0, dtype=np.int64)
         self._phase: Phase | None = None
         self._started = self._measured = False
 
@@ -58,10 +59,9 @@ class FilterReplay:
         return self._spending is not None
 
     def dropped(self, positions: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """(f,) who of ``positions`` takes part in no further step."""
-        if self._spending is None:
-            return np.zeros(len(positions), dtype=np.bool_)
-        return np.asarray(self._spending.dropped[positions])
+        """(f,) who of ``positions`` takes part in no further step, on whatever course training takes: those
+        who left by a hidden decision would have stayed on other courses, so they are not among them."""
+        return np.isin(positions, self._public)
 
     def take(self, event: Event) -> bool:
         """Follow one event; whether somebody leaves before this step. Raises GuaranteeError PIA011."""
@@ -95,6 +95,7 @@ class FilterReplay:
                 raise _contradicted("the instances that left are not those whose budget was spent")
         if left.size:
             self._spending.take(Drop(positions=left))
+            self._public = self._public if self.hidden else np.concatenate([self._public, left])
         self._leaving = []
         self._spending.take(step)
         return bool(left.size)

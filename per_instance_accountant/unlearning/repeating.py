@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from per_instance_accountant.errors import PlanError
 from per_instance_accountant.ledger import Ledger
 from per_instance_accountant.unlearning.bounds.interface import MAX_STEPS
+from per_instance_accountant.unlearning.execution import unplanned_since
 from per_instance_accountant.unlearning.plan_file import UnlearningPlan
 from per_instance_accountant.unlearning.planner import plan, stated_assumptions
 
@@ -58,14 +59,15 @@ def plan_once(
 
 def request_status(made: UnlearningPlan, ledger: Ledger) -> str:
     """``"planned"`` (no step of the plan was taken), ``"started"``, ``"carried out"``, or ``"stale"``
-    (training went on since, or the ledger is another one)."""
+    (training went on since, a statistic was published, or the ledger is another one)."""
     if not ledger.holds(made.anchor):
         return "stale"
     taken = ledger.num_steps - made.anchor.steps
+    ours = any(phase.plan_digest == made.digest for phase in ledger.phases)
+    if not ours and (taken or unplanned_since(ledger, made.anchor.sequence)):
+        return "stale"
     if taken == 0:
         return "planned"
-    if not any(phase.plan_digest == made.digest for phase in ledger.phases):
-        return "stale"
     return "carried out" if taken >= (made.steps or 0) else "started"
 
 

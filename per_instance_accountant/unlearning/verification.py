@@ -26,7 +26,7 @@ from per_instance_accountant.unlearning.certificate import (
     seal_text,
 )
 from per_instance_accountant.unlearning.chain import training_chain
-from per_instance_accountant.unlearning.execution import Execution, read_execution
+from per_instance_accountant.unlearning.execution import Execution, read_execution, unplanned_since
 from per_instance_accountant.unlearning.mechanism import Mechanism
 from per_instance_accountant.unlearning.plan_file import UnlearningPlan, plan_digest
 from per_instance_accountant.unlearning.signing import signature_problem
@@ -205,6 +205,9 @@ def _run(e: _Evidence) -> Problem:
         return "unlearning steps were abandoned" if run.went_back else "a forgotten instance was drawn"
     if run.strays:
         return f"{run.strays} steps of the plan lie outside the certified ones"
+    unplanned = unplanned_since(e.ledger, p.ledger.before.sequence, p.ledger.after.sequence)
+    if unplanned:
+        return f"{unplanned} published statistics or public updates came after the plan, which counts none"
     if p.steps and len(run.phases) != 1:
         return f"{len(run.phases)} mechanisms were in force during the unlearning steps"
     for phase in run.phases:

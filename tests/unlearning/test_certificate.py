@@ -17,12 +17,13 @@ import pytest
 
 from per_instance_accountant.errors import CertificateError, PlanError, UsageError
 from per_instance_accountant.ledger import Ledger
-from per_instance_accountant.ledger.records import Resume
+from per_instance_accountant.ledger.records import Disclosure, PublicStep, Resume
 from per_instance_accountant.unlearning import (
     Certificate,
     generate_keys,
     issue,
     plan,
+    request_status,
     save_envelope,
     sign,
     verify,
@@ -289,6 +290,30 @@ def test_a_run_that_is_not_the_plan_gets_no_certificate(started, fault):
         issue(made, run.ledger, before(model), model)
 
 
+@pytest.mark.parametrize("target", [0.1, 50.0], ids=["some steps", "no step"])
+@pytest.mark.parametrize(
+    "event", [Disclosure(kind="histogram", epsilon=3.0), PublicStep(count=5)], ids=["published", "public"]
+)
+def test_what_came_between_plan_and_certificate_is_not_certified(course, tmp_path, target, event):
+    """The plan charged no such statistic; after the certificate it is the owner's affair, as documented."""
+    run = course(assumptions=course().known.to_dict()).train(60)
+    made = plan(run.ledger, ids=[3], target_epsilon=target, order=8)
+    assert (made.steps == 0) is (target == 50)
+    model = tmp_path / "model"
+    model.write_bytes(b"weights")
+    run.writer.append(event)
+    assert request_status(made, run.ledger) == "stale"
+    run.unlearn(made)
+    with pytest.raises(PlanError, match="PIA033.*after the plan"):
+        issue(made, run.ledger, before(model), model)
+    again = course(assumptions=course().known.to_dict()).train(60)
+    made = plan(again.ledger, ids=[3], target_epsilon=target, order=8)
+    certificate = issue(made, again.unlearn(made).ledger, before(model), model)
+    if isinstance(event, Disclosure):
+        again.writer.append(event)
+        assert verify(certificate, ledger=again.ledger, checkpoint=model).valid
+
+
 def test_a_noise_that_was_divided_and_multiplied_back_is_the_same(started):
     run, made, model = started
     run.unlearn(made, noise_std=float(np.nextafter(made.mechanism.noise_std, 0)))
@@ -508,6 +533,7 @@ def test_a_required_signature_must_be_there_and_of_the_key(certified, keys, tmp_
 def test_the_certificate_states_its_conditions(certified):
     conditions = certified[2].to_dict()["predicate"]["conditions"]
     assert any("do not depend on a released model" in line for line in conditions)
+    assert any("frozen parameters" in line for line in conditions)
 
 
 def test_the_model_must_have_changed(course, tmp_path):

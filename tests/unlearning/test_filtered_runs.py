@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from per_instance_accountant.accounting import account, compact
+from per_instance_accountant.accounting import WorstCase, account, compact
 from per_instance_accountant.accounting.spending import Spending
 from per_instance_accountant.divergence import gaussian_delta, group_gaussian_rdp
 from per_instance_accountant.errors import GuaranteeError
@@ -139,6 +139,28 @@ def test_hidden_decisions_leave_budgets_only(charging, affords):
     assert enough.steps == 0 and enough.value <= min(budget * (1 + 1e-9), worst * (1 + 1e-9))
     assert enough.bound == ("R0 filter budget" if budget < worst else "R0 data processing")
     assert plan(ledger, [0], 0.9 * min(budget, worst), **ask).steps is None
+
+
+@pytest.mark.parametrize("order", [2, 32])
+@pytest.mark.parametrize("charging", [None, WorstCase()])
+def test_who_left_by_a_hidden_decision_is_charged_for_the_courses_on_which_it_stays(order, charging):
+    """On this course member 0 has norm 1 and leaves after one step. With norms of sqrt(1/2) the same filter
+    lets it take three steps, and the run is the same mechanism: its exact divergence is a lower bound."""
+    budgets = Filter(family="renyi", orders=np.full(N, 2.0), budgets=np.full(N, 1.5 / 4**2))
+    writer = LedgerWriter.create(None, Run(num_instances=N))
+    writer.append(budgets)
+    writer.append(phase("unamplified", sampling="shuffled"))
+    writer.append(Step(positions=np.arange(1), contributions=np.ones(1, np.float32)))
+    writer.append(Drop(positions=np.arange(1)))
+    for _ in range(20):
+        writer.append(NOBODY)
+    other_course = order / 2 * 3 * 0.5 / 4**2
+    realised = order / 2 * 1 / 4**2
+    made = plan(writer.ledger(), [0], 1e-9, order=order, charging=charging)
+    everyone = plan_everyone(writer.ledger(), 1e-9, order=order, charging=charging)
+    assert realised < other_course <= made.value * (1 + 1e-12)
+    assert everyone.value[0] >= made.value * (1 - 1e-12)
+    assert plan(writer.ledger(), [0], realised * 1.2, order=order, charging=charging).steps is None
 
 
 def test_a_budget_that_was_exceeded_promises_nothing():
