@@ -60,8 +60,8 @@ class Tabular(ABC):
         write_private(path, csv_bytes(table.column_names, rows))
 
     def plot(self) -> Any:
-        """A matplotlib Figure of the result, to restyle or save. Raises MissingDependencyError PIA061
-        without matplotlib."""
+        """A matplotlib Figure of the result, to restyle or save; a notebook draws it after
+        ``%matplotlib inline``. Raises MissingDependencyError PIA061 without matplotlib."""
         return view("figure")(self)
 
     def _repr_html_(self) -> str:
