@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, final
 
 import numpy as np
@@ -52,8 +52,8 @@ class RunningLoss:
     (0.959, 1.0)
     """
 
-    def __init__(self, num_instances: int) -> None:
-        self.orders, self.steps = np.array(ORDERS), 0
+    def __init__(self, num_instances: int, orders: Sequence[float] = ORDERS) -> None:
+        self.orders, self.steps = np.array(orders), 0
         self._phase: Phase | None = None
         self._odometer: Odometer | None = None
         self._settled: Array | None = None
@@ -88,16 +88,20 @@ class RunningLoss:
             return self._odometer.epsilons(self.orders, delta)
         return np.asarray(rdp_to_epsilon(self.orders, self._curves(), delta))
 
+    def worst_epsilon(self, delta: float) -> float:
+        """Upper bound of epsilon so far for everybody whatever their data: CERTIFIED. Raises UsageError
+        PIA070."""
+        return (
+            np.inf if self._noiseless else float(rdp_to_epsilon(self.orders, self._worst * (1 + 1e-9), delta))
+        )
+
     def metrics(self, delta: float) -> dict[str, float]:
         """One flat dictionary for any logger: the worst case, which is CERTIFIED, and the largest
         epsilon and quantiles of all instances, which rest on the rules of the run."""
         epsilons = self.epsilons(delta)
-        worst = (
-            np.inf if self._noiseless else float(rdp_to_epsilon(self.orders, self._worst * (1 + 1e-9), delta))
-        )
         levels = np.quantile(epsilons, list(QUANTILES.values()), method="higher")
         return {
-            "privacy/epsilon_worst": worst,
+            "privacy/epsilon_worst": self.worst_epsilon(delta),
             "privacy/epsilon_max": float(epsilons.max()),
             **{f"privacy/epsilon_{name}": float(v) for name, v in zip(QUANTILES, levels, strict=True)},
             "privacy/delta": delta,

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from per_instance_accountant.accounting.running import RunningLoss
+from per_instance_accountant.divergence import DEFAULT_ORDERS
 from per_instance_accountant.ledger import Event, Filter, Ledger
 from per_instance_accountant.ledger.records import Drop, Phase, Step, Thresholds
 
@@ -47,7 +48,8 @@ def trajectories(
     count = min(_FOLLOWED, len(ranking))
     chosen = ranking[np.unique(np.linspace(0, len(ranking) - 1, count).round().astype(np.int64))]
     stops = np.unique(np.linspace(0, total, min(_POINTS, total) + 1).round().astype(np.int64))[1:]
-    running = RunningLoss(len(chosen) + 1)
+    # All orders, so that the worst case ends at the number of the audit.
+    running = RunningLoss(len(chosen) + 1, DEFAULT_ORDERS)
     places: set[int] = set(stops.tolist())
     rows: list[tuple[float, ...]] = []
     for event in _followed(ledger, np.asarray(chosen), charging):
@@ -67,9 +69,8 @@ def trajectories(
 
 def _levels(running: RunningLoss, delta: float) -> tuple[float, ...]:
     """The worst case and the quantiles now, without the instance that stands for all others."""
-    worst = running.metrics(delta)["privacy/epsilon_worst"]
     levels = np.quantile(running.epsilons(delta)[:-1], list(SHARES.values()), method="higher")
-    return (worst, *levels.tolist())
+    return (running.worst_epsilon(delta), *levels.tolist())
 
 
 class _Followed:
