@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Final
 
 _D, _A, _L = "divergence", "accounting", "ledger"
@@ -367,3 +368,38 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
         "        _encoding(payload)",
     ),
 )
+
+QUICK: Final[Mapping[str, str]] = {
+    "sign of log(order) flipped in the conversion": (
+        "divergence/test_conversions.py::test_epsilon_is_at_least_the_exact_gaussian_one"
+    ),
+    "curve extrapolated beyond the largest order": (
+        "divergence/test_conversions.py::test_interpolation_at_the_grid_beyond_it_and_with_inf"
+    ),
+    "filter looks at the past only, so it is one step late": (
+        "accounting/test_filter_law.py::test_the_counterexample_is_stopped_and_a_filter_after_the_fact_is_not"
+    ),
+    "forgotten instances may be drawn again": (
+        "ledger/test_ledger_facts.py::test_a_forgotten_instance_is_never_drawn_again"
+    ),
+    "thresholds called fixed after training began": (
+        "ledger/test_ledger_facts.py::test_thresholds_are_fixed_before_the_first_step_or_never"
+    ),
+    "no slack for the rounding of norms": (
+        "opacus_adapter/test_adapter_clipping.py::test_norms_are_tight_upper_bounds"
+    ),
+    "limit of the plan's grid rounded down": (
+        "unlearning/test_everyone.py::test_a_public_grid_rounds_up_and_ends"
+    ),
+    "Gaussian divergence halved": ("unlearning/test_contractive_bound.py::test_common_hessian_fixture"),
+    "signature not verified": (
+        "unlearning/test_certificate.py"
+        "::test_every_edit_of_the_envelope_or_the_certificate_breaks_the_signature"
+    ),
+}
+"""Name of a bug, and one cheap test that catches it."""
+
+
+def quick_mutants() -> tuple[Mutant, ...]:
+    """The bugs of ``QUICK``, each with its one test."""
+    return tuple(replace(m, tests=(QUICK[m.name],)) for m in MUTANTS if m.name in QUICK)

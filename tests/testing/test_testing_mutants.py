@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.mutants import MUTANTS, Mutant
+from benchmarks.mutants import MUTANTS, QUICK, Mutant, quick_mutants
 from benchmarks.mutation_score import ROOT, Stale, measure, mutated, table
 
 PACKAGE = ROOT / "per_instance_accountant"
@@ -65,3 +65,12 @@ def test_the_seeded_bugs_apply_to_these_sources():
     assert {m.area for m in MUTANTS} == {"accounting", "capture", "ledger", "planner", "certificate"}
     assert missing == [] and len(stale) <= 4, stale
     assert Path(ROOT / "docs" / "verification.md").exists()
+
+
+def test_the_quick_form_tries_every_area_with_a_test_that_exists():
+    chosen = quick_mutants()
+    assert len(chosen) == len(QUICK) and {m.area for m in chosen} == {m.area for m in MUTANTS}
+    for mutant in chosen:
+        (node,) = mutant.tests
+        path, _, function = node.partition("::")
+        assert f"def {function}(" in (ROOT / "tests" / path).read_text(encoding="utf-8")
