@@ -54,6 +54,13 @@ def plan(
     projection_radius: Annotated[
         float | None, typer.Option("--projection-radius", help="Project before each unlearning step.")
     ] = None,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option("--learning-rate", help="Of the unlearning steps; default: that training ended with."),
+    ] = None,
+    noise_multiplier: Annotated[
+        float | None, typer.Option("--noise-multiplier", help="Likewise, noise std over clip norm.")
+    ] = None,
     levels: Annotated[
         int, typer.Option("--levels", min=1, help="With --everyone: thresholds per factor of two.")
     ] = 8,
@@ -85,6 +92,8 @@ def plan(
         "max_steps": max_steps,
         "step_grid": None if step_grid is None else read_step_grid(step_grid, max_steps),
         "projection_radius": projection_radius,
+        "learning_rate": learning_rate,
+        "noise_multiplier": noise_multiplier,
     }
     if everyone == (ids is not None) or (everyone and request_id is not None):
         raise UsageError(

@@ -36,8 +36,8 @@ CONDITIONS: Final = (
     "The number of steps was not chosen by the accuracy or the loss on the forgotten instances.",
     "The schedule of training (number of steps, rates, noise, clip norms, learning rates) did not depend on"
     " its course: early stopping and plateau schedules are not covered.",
-    "What the unlearning steps do not move (frozen parameters, buffers) holds nothing of the instances: training"
-    " did not move it either.",
+    "What the unlearning steps do not move (frozen parameters, buffers) holds nothing of the instances:"
+    " training did not move it either.",
 )
 """What the claim rests on outside the ledger; every plan and certificate states it."""
 

@@ -106,6 +106,8 @@ def plan_everyone(
     max_steps: int | None = None,
     step_grid: Iterable[int] | None = None,
     projection_radius: float | None = None,
+    learning_rate: float | None = None,
+    noise_multiplier: float | None = None,
     levels: int = 8,
 ) -> EveryoneSteps:
     """Least K for every instance, each alone; arguments and errors as in :func:`plan`.
@@ -137,7 +139,7 @@ def plan_everyone(
         chain=everyone.chain,
         assumptions=stated_assumptions(assumptions, ledger),
         measure=measure,
-        mechanism=unlearning_mechanism(everyone.chain, projection_radius),
+        mechanism=unlearning_mechanism(everyone.chain, projection_radius, learning_rate, noise_multiplier),
     )
     kinds, member = _kinds(everyone, int(levels))
     answers = _solve_kinds(facts, question, everyone, kinds)

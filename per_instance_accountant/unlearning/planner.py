@@ -43,6 +43,8 @@ def plan(
     max_steps: int | None = None,
     step_grid: Iterable[int] | None = None,
     projection_radius: float | None = None,
+    learning_rate: float | None = None,
+    noise_multiplier: float | None = None,
     request_id: str | None = None,
 ) -> UnlearningPlan:
     """Least number K of noisy steps without the forget set, so that the result is close to retraining without
@@ -55,8 +57,10 @@ def plan(
     ``reachable=False``, not an error. step_grid: a public list of numbers of steps; K is rounded up to the
     next of them, so that K reveals no more of the instances than that (beyond the last: unreachable).
     projection_radius: project all parameters onto the ball of this radius before each unlearning step, which
-    needs no assumption on the loss. request_id: your name of the request, for the plan and the certificate;
-    not the name of a person.
+    needs no assumption on the loss. learning_rate, noise_multiplier (noise std over clip norm): of the
+    unlearning steps, None for those of the last training phase; needed where its learning rate ended at 0.
+    Choose them without looking at the instances to forget. request_id: your name of the request, for the
+    plan and the certificate; not the name of a person.
 
     Raises PlanError PIA032 (unknown, repeated, never trained, all or no instances) and PIA031 (assumptions),
     UsageError PIA070 (target, order, delta), GuaranteeError PIA012 (the run is not certified), LedgerError.
@@ -83,7 +87,7 @@ def plan(
     positions = _requested(ledger, ids)
     chain = training_chain(ledger, positions, charging)
     refuse_untrained(chain)
-    mechanism = unlearning_mechanism(chain, projection_radius)
+    mechanism = unlearning_mechanism(chain, projection_radius, learning_rate, noise_multiplier)
     facts = Facts(chain=chain, assumptions=known, measure=measure, mechanism=mechanism)
     group = solve(facts, question)
     rows = _per_instance(facts, question, group, ledger.ids[positions].tolist())
@@ -109,7 +113,7 @@ def plan(
         mechanism=mechanism,
         contraction=_finite(contraction_of(facts)),
         assumptions=known.to_dict(),
-        not_applicable=group.refused,
+        not_applicable=(*group.refused, *silent_steps(mechanism)),
         anchor=ledger.anchor,
         accounting_version=ACCOUNTING_VERSION,
         software=software_versions(),
@@ -239,13 +243,35 @@ def _deciding(rows: tuple[InstanceSteps, ...], chain: TrainingChain) -> int | st
     return rows[int(np.lexsort((-chain.thresholds.max(axis=0), -steps))[0])].id
 
 
-def unlearning_mechanism(chain: TrainingChain, projection_radius: float | None) -> Mechanism:
-    """That of the last training phase, projected if asked for. Raises UsageError PIA070."""
+def unlearning_mechanism(
+    chain: TrainingChain,
+    projection_radius: float | None,
+    learning_rate: float | None = None,
+    noise_multiplier: float | None = None,
+) -> Mechanism:
+    """That of the last training phase, with what is given in its place. Every bound takes the unlearning
+    steps as they are; the reference continues by the same ones. Raises UsageError PIA070."""
     mechanism = chain.last_training or chain.mechanisms[-1]
-    if projection_radius is None:
-        return mechanism
-    require(0 < projection_radius < math.inf, "projection_radius", projection_radius, "(0, inf)")
-    return replace(mechanism, projection_radius=float(projection_radius))
+    given = {
+        "projection_radius": projection_radius,
+        "learning_rate": learning_rate,
+        "noise_multiplier": noise_multiplier,
+    }
+    changes: dict[str, Any] = {name: float(value) for name, value in given.items() if value is not None}
+    for name, value in changes.items():
+        require(0 < value < math.inf, name, value, "(0, inf)")
+    if "noise_multiplier" in changes:
+        changes["noise_std"] = changes.pop("noise_multiplier") * mechanism.max_grad_norm
+    return replace(mechanism, **changes)
+
+
+def silent_steps(mechanism: Mechanism) -> tuple[NotApplicable, ...]:
+    """Why no number of steps changes anything, if they move nothing or add no noise."""
+    for name, option in (("learning_rate", "learning_rate=..."), ("noise_std", "noise_multiplier=...")):
+        if getattr(mechanism, name) == 0:
+            reason = f"training ended with {name} 0: such steps hide nothing (plan(..., {option}))"
+            return (NotApplicable(bound="noisy steps", reason=reason),)
+    return ()
 
 
 def stated_assumptions(given: Assumptions | Mapping[str, Any] | None, ledger: Ledger) -> Assumptions:

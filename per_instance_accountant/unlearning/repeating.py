@@ -14,6 +14,7 @@ from per_instance_accountant.errors import PlanError
 from per_instance_accountant.ledger import Ledger
 from per_instance_accountant.unlearning.bounds.interface import MAX_STEPS
 from per_instance_accountant.unlearning.execution import unplanned_since
+from per_instance_accountant.unlearning.mechanism import Mechanism
 from per_instance_accountant.unlearning.plan_file import UnlearningPlan
 from per_instance_accountant.unlearning.planner import plan, stated_assumptions
 
@@ -92,7 +93,10 @@ def _differences(
     positions = {"asked": ledger.positions_of(ids), "stored": ledger.positions_of(list(stored.ids))}
     grid, charging = options.get("step_grid"), options.get("charging")
     trained = next((p for p in reversed(ledger.phases) if p.kind == "train"), None)
-    radius = options.get("projection_radius") or (trained.projection_radius if trained else None)
+    usual = stored.mechanism if trained is None else Mechanism.of(trained)
+    radius = options.get("projection_radius") or usual.projection_radius
+    rate = options.get("learning_rate") or usual.learning_rate
+    noise = (options.get("noise_multiplier") or 0.0) * usual.max_grad_norm or usual.noise_std
     limit = options.get("max_steps")
     same = {
         "instances": set(positions["asked"].tolist()) == set(positions["stored"].tolist()),
@@ -103,6 +107,8 @@ def _differences(
         "max_steps": (MAX_STEPS if limit is None else limit) == stored.max_steps,
         "charging": (None if charging is None else charging.name) == stored.charging,
         "projection": radius == stored.mechanism.projection_radius,
+        "learning rate": rate == stored.mechanism.learning_rate,
+        "noise": noise == stored.mechanism.noise_std,
         "assumptions": stated_assumptions(options.get("assumptions"), ledger).to_dict()
         == {name: dict(entry) for name, entry in stored.assumptions.items()},
     }

@@ -55,6 +55,10 @@ def carry_out(runs: Path, made: UnlearningPlan, steps: int | None = None) -> Non
         (("--direction", "remove"), {"direction": "remove"}),
         (("--max-steps", 3), {"max_steps": 3}),
         (("--projection-radius", 0.5), {"projection_radius": 0.5}),
+        (
+            ("--learning-rate", 0.05, "--noise-multiplier", 6.5),
+            {"learning_rate": 0.05, "noise_multiplier": 6.5},
+        ),
     ],
 )
 def test_every_option_is_that_of_the_planner(
@@ -65,7 +69,7 @@ def test_every_option_is_that_of_the_planner(
     for name in ("steps", "direction", "max_steps", "reachable"):
         assert document[name] == getattr(expected, name), name
     assert document["step_grid"] == (None if expected.step_grid is None else list(expected.step_grid))
-    assert document["mechanism"]["projection_radius"] == expected.mechanism.projection_radius
+    assert document["mechanism"] == dataclasses.asdict(expected.mechanism)
 
 
 @pytest.mark.parametrize(

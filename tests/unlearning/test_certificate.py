@@ -304,7 +304,7 @@ def test_what_came_between_plan_and_certificate_is_not_certified(course, tmp_pat
     run.writer.append(event)
     assert request_status(made, run.ledger) == "stale"
     run.unlearn(made)
-    with pytest.raises(PlanError, match="PIA033.*after the plan"):
+    with pytest.raises(PlanError, match=r"PIA033.*after the plan"):
         issue(made, run.ledger, before(model), model)
     again = course(assumptions=course().known.to_dict()).train(60)
     made = plan(again.ledger, ids=[3], target_epsilon=target, order=8)
