@@ -186,7 +186,7 @@ class Tracker:
             _broken(
                 "signal_skip_step was called by hand", "use BatchMemoryManager for larger logical batches"
             )
-        if not self._pending and any(p.summed_grad is not None for p in optimizer.params):
+        if not self._pending and optimizer.holds_sum:
             _broken(
                 "the clipped sum of an earlier batch is still on the parameters",
                 "optimizer.zero_grad() before every backward pass (model.zero_grad() is not enough)",

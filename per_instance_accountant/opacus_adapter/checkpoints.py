@@ -84,10 +84,9 @@ class NoiseSessions:
         self._first: list[bytes] = []
         self._began = False
 
-    def check(self, optimizer: DPOptimizer) -> None:
+    def check(self, optimizer: Any) -> None:
         """Before noise is drawn. Raises GuaranteeError PIA091; nothing was released then."""
-        # Of several processes the first draws the noise.
-        if not optimizer.noise_multiplier or optimizer.secure_mode or getattr(optimizer, "rank", 0):
+        if not optimizer.noise_multiplier or optimizer.secure_mode or not optimizer.draws_noise():
             return
         digest = _state_digest(optimizer)
         if digest in self._drawn:

@@ -41,13 +41,16 @@ def _classes(*names: str) -> tuple[type[Any], ...]:
 
 
 GHOST_MODULES = _classes("GradSampleModuleFastGradientClipping", "GradSampleHooksFastGradientClipping")
+SHARDED_MODULES = _classes(
+    "GradSampleModuleFastGradientClippingFSDP", "GradSampleHooksFastGradientClippingFSDP"
+)
 NO_OP_MODULES = _classes("GradSampleModuleNoOp", "GradSampleHooksNoOp")
 EXPANDED_MODULES = _classes("GradSampleModuleExpandedWeights")
 MODULES = (
     *_classes("GradSampleModule", "GradSampleHooks"),
-    *(*GHOST_MODULES, *NO_OP_MODULES, *EXPANDED_MODULES),
+    *(*GHOST_MODULES, *SHARDED_MODULES, *NO_OP_MODULES, *EXPANDED_MODULES),
 )
-MODES = ("hooks", "functorch", "ew", "ghost", "no_op")
+MODES = ("hooks", "functorch", "ew", "ghost", "ghost_fsdp", "no_op")
 
 
 def refuse(reason: str, fix: str) -> NoReturn:
@@ -128,7 +131,7 @@ def check_clipping(
     """Raise UnsupportedError PIA060, UsageError PIA071 for a way of clipping that cannot be accounted for."""
     if clipping not in ("flat", "per_layer", "adaptive"):
         refuse(f"clipping={clipping!r}", 'make_private(clipping="flat")')
-    if clipping != "flat" and mode == "ghost":
+    if clipping != "flat" and mode.startswith("ghost"):
         refuse(f"clipping={clipping!r} with ghost clipping", 'make_private(grad_sample_mode="hooks")')
     check_rule(clipping, charging)
     norms, optimizer = arguments.get("max_grad_norm"), arguments.get("optimizer")
@@ -187,7 +190,9 @@ def is_poisson(loader: DataLoader[Any]) -> bool:
 
 def mode_of(module: Any) -> str:
     """Opacus' name of the way in which this wrapper finds per-sample gradients."""
-    for name, kinds in {"ghost": GHOST_MODULES, "no_op": NO_OP_MODULES, "ew": EXPANDED_MODULES}.items():
+    modes = {"ghost_fsdp": SHARDED_MODULES, "ghost": GHOST_MODULES}
+    modes |= {"no_op": NO_OP_MODULES, "ew": EXPANDED_MODULES}
+    for name, kinds in modes.items():
         if isinstance(module, kinds):
             return name
     return "functorch" if getattr(module, "force_functorch", False) else "hooks"

@@ -44,7 +44,9 @@ from per_instance_accountant.opacus_adapter.rank_steps import (
     part_of_run,
     prepare_sweep,
 )
+from per_instance_accountant.opacus_adapter.ranks import SHARDED
 from per_instance_accountant.opacus_adapter.recording import Recorder
+from per_instance_accountant.opacus_adapter.sharding import prepare_sharded
 from per_instance_accountant.opacus_adapter.verifying import Verifier, Verify
 
 
@@ -92,7 +94,8 @@ def attach(
     module = check.find_module(optimizer) if module is None else module
     core = check.check_module(module, optimizer)
     ranks = join_ranks(optimizer, module, rank_timeout)
-    data_loader = data_loader if ranks is None else part_loader(data_loader, ranks, module)
+    data_loader = data_loader if ranks is None else part_loader(data_loader, ranks)
+    prepare_sharded(optimizer, module, verify)
     check_loader(data_loader)
     appended = ledger.run if isinstance(ledger, LedgerWriter) else None
     run = check.describe_run(data_loader, ids, groups, assumptions, appended)
@@ -323,6 +326,11 @@ class PrivacyEngine(opacus.PrivacyEngine):
         mode, clipping = arguments.get("grad_sample_mode", "hooks"), arguments.get("clipping", "flat")
         if mode not in check.MODES:
             check.refuse(f"grad_sample_mode={mode!r}", 'make_private(grad_sample_mode="hooks")')
+        if (mode == "ghost_fsdp") != isinstance(arguments.get("module"), SHARDED):
+            check.refuse(
+                f"grad_sample_mode={mode!r} with a {type(arguments.get('module')).__name__}",
+                "make_private(module=FSDP2Wrapper(model), grad_sample_mode='ghost_fsdp')",
+            )
         if mode == "ew" and not arguments.get("wrap_model", True):
             check.refuse("expanded weights without a wrapper that runs them", "wrap_model=True")
         check.check_clipping(mode, clipping, arguments, self._tracking["charging"])

@@ -12,6 +12,7 @@ from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClippi
 
 from per_instance_accountant.errors import AlignmentError, UnsupportedError
 from per_instance_accountant.opacus_adapter.clipping import NORM_SLACK, check_counts, row_squares
+from per_instance_accountant.opacus_adapter.ranks import SHARDED
 
 if TYPE_CHECKING:
     from per_instance_accountant.opacus_adapter.capture import Tracker
@@ -42,8 +43,8 @@ class GhostFactors:
                 "Its steps would be in no ledger",
                 "train the module that make_private returned; copies are for evaluation",
             )
-        norms = ghost_norms(self.module)
-        return torch.from_numpy(self.tracker.clip(norms.cpu().numpy())).to(norms.device)
+        factors: torch.Tensor = self.tracker.optimizer.loss_factors(self.module)
+        return factors
 
     def __reduce__(self) -> Any:
         return GhostFactors, ()
@@ -75,7 +76,8 @@ for _name in ("__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__
 
 def install_ghost(module: Any, tracker: Tracker) -> None:
     """Make ghost clipping use the tracker's factors and norms that no rounding makes too small."""
-    kinds = {type(layer) for layer in module.iterate_submodules(module._module)}
+    kind_of = getattr(module, "_get_module_type", type)
+    kinds = {kind_of(layer) for layer in module.iterate_submodules(module._module)}
     module.NORM_SAMPLERS = {kind: norm_sampler(module, kind) for kind in kinds}
     module.get_clipping_coef = GhostFactors(module, tracker)
 
@@ -158,17 +160,27 @@ def embedding_norms(
     return {layer.weight: squares.sqrt()}
 
 
+def _parts_of_layer(layer: torch.nn.Module) -> list[torch.Tensor]:
+    """The norms that Opacus' FSDP hooks left on a layer, if there is one for each of its parameters."""
+    found = layer.__dict__.pop("norm_sample", [])
+    trainable = sum(p.requires_grad for p in layer.parameters(recurse=False))
+    return found if len(found) == trainable and all(part.dim() == 1 for part in found) else []
+
+
 def ghost_norms(module: Any) -> torch.Tensor:
     """Upper bounds (B,) float64 of the norms whose parts the first backward pass of ghost clipping left on
-    the parameters; taken away, so that none is used twice.
+    the parameters (with FSDP, on the layers); taken away, so that none is used twice.
 
     Raises AlignmentError PIA003 when a trainable parameter has no norm for this batch.
     """
     # Asked anew: a layer that was unfrozen after wrapping would be released without having been clipped.
-    parameters = [p for p in module._module.parameters() if p.requires_grad]
+    core: Any = module._module
+    parameters = [p for p in core.parameters() if p.requires_grad]
     parts: list[torch.Tensor] = [
         p._norm_sample for p in parameters if getattr(p, "_norm_sample", None) is not None
     ]
+    if isinstance(core, SHARDED):
+        parts = [part for layer in core.modules() for part in _parts_of_layer(layer)]
     missing = len(parameters) - len(parts)
     if missing:
         raise AlignmentError(

@@ -22,6 +22,7 @@ from opacus.optimizers.optimizer import _generate_noise, _mark_as_processed
 from per_instance_accountant.errors import AlignmentError
 from per_instance_accountant.opacus_adapter.adaptive import CountQuery
 from per_instance_accountant.opacus_adapter.clipping import check_counts, instance_norms, layer_factors
+from per_instance_accountant.opacus_adapter.ghost import ghost_norms
 
 if TYPE_CHECKING:
     from per_instance_accountant.opacus_adapter.capture import Tracker
@@ -44,6 +45,15 @@ class TrackedOptimizer(DPOptimizer):
 
     def __reduce__(self) -> Any:
         return self.tracker.__reduce__()
+
+    def draws_noise(self) -> bool:
+        """Whether this process draws noise that is released: of several the first does it for all."""
+        return True
+
+    @property
+    def holds_sum(self) -> bool:
+        """Whether the clipped sum of a batch is on the parameters."""
+        return any(p.summed_grad is not None for p in self.params)
 
     def attach_step_hook(self, fn: Callable[[DPOptimizer], None]) -> None:
         self.tracker.accept_hook(fn)
@@ -131,6 +141,11 @@ class TrackedOptimizer(DPOptimizer):
 
 class TrackedGhostOptimizer(TrackedOptimizer, DPOptimizerFastGradientClipping):
     """A DPOptimizerFastGradientClipping whose steps are written to a ledger before noise is added."""
+
+    def loss_factors(self, module: Any) -> torch.Tensor:
+        """(B,) factors for the losses of the batch, between the two backward passes."""
+        norms = ghost_norms(module)
+        return torch.from_numpy(self.tracker.clip(norms.cpu().numpy())).to(norms.device)
 
     def clip_and_accumulate(self) -> None:
         return None

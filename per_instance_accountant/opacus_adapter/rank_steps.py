@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from opacus.data_loader import DPDataLoader
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel as DPDDP
 from opacus.optimizers import DPOptimizer
@@ -23,6 +24,7 @@ from per_instance_accountant.opacus_adapter import configuration as check
 from per_instance_accountant.opacus_adapter.loader import with_sampler
 from per_instance_accountant.opacus_adapter.optimizers import TRACKED, TrackedGhostOptimizer, TrackedOptimizer
 from per_instance_accountant.opacus_adapter.ranks import (
+    SHARDED,
     Ranks,
     RankSampler,
     parameter_digest,
@@ -38,6 +40,9 @@ class RankStep(TrackedOptimizer):
     ranks: Ranks
     _session: Any = None
     _agreed = 0
+
+    def draws_noise(self) -> bool:
+        return self.ranks.rank == 0
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
         try:
@@ -55,7 +60,7 @@ class RankStep(TrackedOptimizer):
             "thresholds": recorder.thresholds,
             "dropped instances": None if recorder.spending is None else recorder.spending.dropped,
         }
-        if recorder.writer is not self._session:
+        if recorder.writer is not self._session and not isinstance(self.tracker.module, SHARDED):
             facts["model"] = parameter_digest(list(self.params))
         state = random_state(self.tracker.recorder.setting.sampler.generator)
         self.ranks.agree("a step", facts, {} if state is None else {"random state": state})
@@ -77,13 +82,25 @@ class RankStep(TrackedOptimizer):
             ) from None
 
 
+class GhostRankStep(RankStep, TrackedGhostOptimizer):
+    """Adds to ghost clipping that no rank waits in a second backward pass for one that does not come."""
+
+    def loss_factors(self, module: Any) -> torch.Tensor:
+        try:
+            factors = super().loss_factors(module)
+        except BaseException:
+            self.ranks.fail()
+            raise
+        if self.ranks.linked:
+            self.ranks.agree("the second backward pass", {})
+        return factors
+
+
 class TrackedDistributedOptimizer(RankStep, TrackedOptimizer, DistributedDPOptimizer):
     """A DistributedDPOptimizer whose steps are written to one part of a ledger on each rank."""
 
 
-class TrackedDistributedGhostOptimizer(
-    RankStep, TrackedGhostOptimizer, DistributedDPOptimizerFastGradientClipping
-):
+class TrackedDistributedGhostOptimizer(GhostRankStep, DistributedDPOptimizerFastGradientClipping):
     """The same for ghost clipping."""
 
 
@@ -100,17 +117,17 @@ def join_ranks(optimizer: DPOptimizer, module: Any, timeout: float) -> Ranks | N
     Raises UnsupportedError PIA060 when model and optimizer are not both made for several processes.
     """
     distributed, wrapper = type(optimizer) in DISTRIBUTED, getattr(module, "_module", module)
-    if distributed != isinstance(wrapper, (DPDDP, DDP)):
+    if distributed != isinstance(wrapper, (DPDDP, DDP, *SHARDED)):
         refuse_ranks("only one of model and optimizer is made for several processes")
-    return Ranks(timeout) if distributed else None
+    return Ranks(timeout, linked=isinstance(wrapper, (DDP, *SHARDED))) if distributed else None
 
 
-def part_loader(loader: DataLoader[Any], ranks: Ranks, module: Any) -> DataLoader[Any]:
+def part_loader(loader: DataLoader[Any], ranks: Ranks) -> DataLoader[Any]:
     """The loader with a sampler that keeps ranks in step. Raises UnsupportedError PIA060 for others."""
     sampler = loader.batch_sampler
     if not isinstance(loader, DPDataLoader) or type(sampler) is not DistributedUniformWithReplacementSampler:
         refuse_ranks("a loader that is no distributed Poisson loader of Opacus")
-    return with_sampler(loader, RankSampler(sampler, ranks, whole=isinstance(module._module, DDP)))
+    return with_sampler(loader, RankSampler(sampler, ranks))
 
 
 def part_of_run(run: Run, ranks: Ranks, ledger: Any) -> tuple[Run, Any]:
@@ -159,7 +176,7 @@ def prepare_sweep(
 
 def check_rule_over_ranks(setting: Setting) -> None:
     """Raise UnsupportedError PIA060 for what a rank cannot know from its own draws."""
-    if setting.grad_sample_mode not in ("hooks", "functorch", "ghost"):
+    if setting.grad_sample_mode not in ("hooks", "functorch", "ghost", "ghost_fsdp"):
         refuse_ranks(f"grad_sample_mode={setting.grad_sample_mode!r} on several processes")
     if setting.kind != "train":
         refuse_ranks("unlearning over several processes")

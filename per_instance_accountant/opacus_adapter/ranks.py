@@ -17,11 +17,15 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel as DPDDP
 from opacus.utils.uniform_sampler import DistributedUniformWithReplacementSampler
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data import DataLoader, Sampler, Subset
 
 from per_instance_accountant.errors import AlignmentError, GuaranteeError, LedgerError
 from per_instance_accountant.ledger import Run, new_run_id
+
+SHARDED: tuple[type[Any], ...] = (FSDPModule,)
+"""Models whose parameters are spread over the processes."""
 
 FACTS = 8
 """How many facts fit into one agreement; all agreements have one size, so that any two of them can meet."""
@@ -29,12 +33,13 @@ FACTS = 8
 
 class Ranks:
     """The processes of one run. timeout: seconds that one waits for the others before it gives up.
+    linked: whether they meet in every forward or backward pass, so that batches cannot be split.
 
     After a failed agreement no step can follow: the ranks may not be at the same place any more.
     """
 
-    def __init__(self, timeout: float) -> None:
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+    def __init__(self, timeout: float, *, linked: bool = False) -> None:
+        self.rank, self.world_size, self.linked = dist.get_rank(), dist.get_world_size(), linked
         self.timeout, self.broken = timeout, False
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
 
@@ -83,8 +88,12 @@ class Ranks:
         return self._gather(row)[0, 2 : 2 + len(words)].tobytes().hex()
 
     def share(self, loader: DataLoader[Any]) -> DataLoader[Any]:
-        """The rows that this rank measures in a sweep: every ``world_size``-th, from ``rank`` on."""
-        rows = range(self.rank, len(loader.dataset), self.world_size)  # type: ignore[arg-type]
+        """The rows that this rank measures in a sweep: every ``world_size``-th, from ``rank`` on.
+
+        As many on every rank, because ranks may meet in every pass: the last row fills up."""
+        total = len(loader.dataset)  # type: ignore[arg-type]
+        longest = -(-total // self.world_size)
+        rows = [min(self.rank + i * self.world_size, total - 1) for i in range(longest)]
         return DataLoader(Subset(loader.dataset, rows), collate_fn=loader.collate_fn)
 
     def sweeping(
@@ -99,10 +108,7 @@ class Ranks:
                 self.fail()
                 raise
             self.agree("a sweep", {"size of the data set": total})
-            longest = -(-total // self.world_size)
-            padded = np.zeros(longest, dtype=np.float32)
-            padded[: len(own)] = own
-            return self._gather(padded).T.reshape(-1)[:total].copy()
+            return self._gather(own).T.reshape(-1)[:total].copy()
 
         return together
 
@@ -170,12 +176,12 @@ class RankSampler(Sampler[list[int]]):
     their random states and epoch numbers at the beginning of every pass (PIA102, PIA103).
     """
 
-    def __init__(self, inner: DistributedUniformWithReplacementSampler, ranks: Ranks, *, whole: bool) -> None:
+    def __init__(self, inner: DistributedUniformWithReplacementSampler, ranks: Ranks) -> None:
         self.num_samples, self.sample_rate = inner.total_size, inner.sample_rate
         self.steps, self.generator = inner.num_batches, inner.generator
         self.shuffle, self.shuffle_seed, self.epoch = inner.shuffle, inner.shuffle_seed, inner.epoch
-        self.whole = whole
-        """Whether batches must not be split, because ranks communicate in every backward pass."""
+        self.whole = ranks.linked
+        """Whether batches must not be split."""
         self._ranks = ranks
 
     def __len__(self) -> int:

@@ -21,8 +21,10 @@ import torch
 import torch.distributed as dist
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel as DPDDP
 from opacus.utils.batch_memory_manager import BatchMemoryManager
+from opacus.utils.fsdp_utils import FSDP2Wrapper
 from opacus.utils.uniform_sampler import DistributedUniformWithReplacementSampler
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -46,7 +48,12 @@ RULES: dict[str, Any] = {
     "fixed": lambda: FixedThresholds(thresholds=[0.1 + 0.01 * i for i in range(COUNT)]),
     "sweep": lambda: Sweep(every=4, slack=1.1),
 }
-WRAPPERS: dict[str, Any] = {"ddp": DDP, "dpddp": DPDDP, "none": lambda module: module}
+WRAPPERS: dict[str, Any] = {
+    "ddp": DDP,
+    "dpddp": DPDDP,
+    "fsdp": lambda module: FSDP2Wrapper(module),
+    "none": lambda module: module,
+}
 
 
 def examples() -> TensorDataset:
@@ -61,7 +68,8 @@ def network() -> nn.Module:
 
 
 def flat(module: nn.Module) -> list[float]:
-    return torch.cat([p.detach().flatten() for p in module.parameters()]).tolist()
+    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in module.parameters()]
+    return torch.cat([p.detach().flatten() for p in whole]).tolist()
 
 
 def private(rank: int, folder: Path, options: dict[str, Any], inner: nn.Module) -> tuple[Any, ...]:
