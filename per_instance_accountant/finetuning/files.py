@@ -115,6 +115,24 @@ def load_progress(directory: Path, plan_digest: str) -> Progress | None:
     )
 
 
+def secret_beside(ledger: Path, plan_digest: str) -> Path:
+    """File in the ledger's directory that holds the secret of an unfinished run of this plan: with it and
+    the trained model the run can be repeated step by step where its output directory was lost."""
+    return ledger / f"unlearning-{plan_digest.removeprefix('sha256:')[:16]}.secret"
+
+
+def load_secret(path: Path) -> bytes | None:
+    """The secret; None if there is none. Raises CertificateError PIA051 if it cannot be read."""
+    if not path.exists():
+        return None
+    return bytes.fromhex(read_tensors(path)["secret"])
+
+
+def save_secret(path: Path, secret: bytes) -> None:
+    """Write it, readable by the owner only."""
+    _replace(path, {"secret": secret.hex()})
+
+
 def _replace(path: Path, content: Mapping[str, Any]) -> None:
     """Write beside the target, force to the device, then move: a reader sees the old file or the new one."""
     temporary = path.with_name(path.name + ".new")

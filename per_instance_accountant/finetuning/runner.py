@@ -38,8 +38,11 @@ from per_instance_accountant.finetuning.files import (
     Progress,
     load_module,
     load_progress,
+    load_secret,
     save_module,
     save_progress,
+    save_secret,
+    secret_beside,
 )
 from per_instance_accountant.finetuning.retained import forget_thresholds, retained_positions
 from per_instance_accountant.ledger import Ledger, LedgerWriter
@@ -99,11 +102,13 @@ def run_plan(
     set, or any dataset with ``positions`` (the training positions of its rows). criterion: the training
     loss, with mean reduction. frozen: names of the parameters that require no gradient because training did
     not move them either; every other parameter must. output: directory for the model (``model.pt``) and the
-    certificate; a killed run is continued from there. seed: makes batches and noise repeatable for tests and
-    demonstrations; whoever knows it can remove the noise, so leave it None for a certificate that is to be
-    relied on.
+    certificate; a killed run is continued from there. Where that directory was lost the recorded steps are
+    repeated from ``checkpoint``, by the secret that the ledger's directory keeps until the end. seed: makes
+    batches and noise repeatable for tests and demonstrations; whoever knows it can remove the noise, so leave
+    it None for a certificate that is to be relied on.
 
-    Same sampling rate, normaliser, noise, learning rate and weight decay as the last training phase; a plan
+    Same sampling rate, normaliser and weight decay as the last training phase, and the same noise and
+    learning rate unless the plan states its own; a plan
     with ``projection_radius`` projects the trainable parameters before each step.
 
     Raises PlanError PIA030 (unreachable plan), PIA033 (plan or checkpoint of another moment), PIA034 (the
@@ -119,7 +124,9 @@ def run_plan(
     directory = Path(output)
     opened = Ledger.open(ledger)
     saved = load_progress(directory, plan.digest)
-    _refuse_other_moment(plan, opened, resuming=saved is not None)
+    kept = secret_beside(Path(ledger), plan.digest)
+    secret = load_secret(kept) if saved is None else saved.secret
+    _refuse_other_moment(plan, opened, resuming=secret is not None)
     forget = opened.positions_of(list(plan.ids))
     retained = retained_positions(opened, forget, dataset, positions)
     job = _Job(
@@ -135,9 +142,12 @@ def run_plan(
     if saved is None:
         load_module(module, checkpoint, plan.anchor)
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        secret = secrets.token_bytes(16) if seed is None else secret_of(seed)
+        begun = secret is not None
+        secret = secret or (secrets.token_bytes(16) if seed is None else secret_of(seed))
         saved = Progress(steps=0, secret=secret)
-        save_progress(directory, plan.digest, saved, module)
+        if not begun:
+            save_secret(kept, secret)
+            save_progress(directory, plan.digest, saved, module)
     else:
         module.load_state_dict(saved.weights)
     _take_all(job, Path(ledger), directory, saved, progress)
@@ -169,11 +179,15 @@ def _refuse_other_moment(plan: UnlearningPlan, ledger: Ledger, *, resuming: bool
     if not untouched and not (
         ledger.holds(plan.anchor) and (resuming or ledger.num_steps == plan.anchor.steps)
     ):
+        begun = any(phase.plan_digest == plan.digest for phase in ledger.phases)
         raise PlanError(
             "PIA033",
-            f"the plan was made after {plan.anchor.steps} steps, the ledger holds {ledger.num_steps}",
+            f"the plan was made after {plan.anchor.steps} steps, the ledger holds {ledger.num_steps}"
+            + (", of this plan among them" if begun else ""),
             "The plan covers no step that was taken after it",
-            "plan again: plan(ledger, ids=ids, ...)",
+            "run_plan(output=the directory of that run); without it retrain without the instances"
+            if begun
+            else "plan again: plan(ledger, ids=ids, ...)",
         )
     unplanned = unplanned_since(ledger, plan.anchor.sequence)
     if unplanned and not resuming:
@@ -351,6 +365,7 @@ def _finish(job: _Job, ledger: Path, checkpoint: Path, directory: Path, *, seede
     content = issue(job.plan, ledger, checkpoint, model, noise="seed" if seeded else "system")
     content.save(certificate)
     # The secret would let its reader remove the noise from the finished model.
+    secret_beside(ledger, job.plan.digest).unlink(missing_ok=True)
     save_progress(directory, job.plan.digest, Progress(steps=job.steps, secret=b""), job.module)
     return UnlearningRun(
         module=job.module, checkpoint=model, certificate=certificate, content=content, steps=job.steps

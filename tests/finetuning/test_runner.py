@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from per_instance_accountant.finetuning import (
     runner,
     secret_of,
 )
+from per_instance_accountant.finetuning.files import save_secret
 from per_instance_accountant.ledger import Ledger
 from per_instance_accountant.ledger.records import Drop, Phase, Step, Thresholds
 from per_instance_accountant.unlearning import UnlearningPlan, bound_of, issue, softmax_regression
@@ -281,6 +283,55 @@ def test_an_interrupted_step_is_never_released_with_fresh_noise(
     monkeypatch.setattr("per_instance_accountant.finetuning.runner.reseed", careless)
     with pytest.raises(PlanError, match="PIA033"):
         trained.run(made)
+
+
+@pytest.mark.parametrize("at", [1, 3, 30])
+def test_a_run_whose_output_was_lost_is_repeated_and_goes_on(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """Same batches, same noise: the model is the one that the lost directory would have led to."""
+    made = trained.plan()
+    with monkeypatch.context() as patched:
+        kill_before_noise(patched, at)
+        with pytest.raises(Killed):
+            trained.run(made, seed=None)
+    (kept,) = trained.ledger.glob("*.secret")
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o600
+    shutil.copytree(trained.directory, tmp_path / "copy", ignore=shutil.ignore_patterns("copy"))
+    expected = Trained(tmp_path / "copy").run(made, seed=None)
+    shutil.rmtree(trained.directory / "after")
+    run = trained.run(made, seed=None)
+    assert torch.equal(run.module.weight, expected.module.weight)
+    assert len(unlearn_steps(trained.ledger)) == made.steps and not kept.exists()
+    assert verify(run.certificate, ledger=trained.ledger, checkpoint=run.checkpoint).valid
+
+
+@pytest.mark.parametrize("bug", ["another secret", "another model", "no secret"])
+def test_a_lost_run_is_not_repeated_with_other_noise_or_from_another_model(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch, bug: str
+) -> None:
+    """Seeded bugs: each would be a second release of recorded steps."""
+    made = trained.plan()
+    with monkeypatch.context() as patched:
+        kill_before_noise(patched, 5)
+        with pytest.raises(Killed):
+            trained.run(made, seed=None)
+    shutil.rmtree(trained.directory / "after")
+    (kept,), right = trained.ledger.glob("*.secret"), torch.load(trained.checkpoint, weights_only=True)
+    if bug == "another secret":
+        save_secret(kept, b"0" * 16)
+    elif bug == "another model":
+        torch.save({"weight": torch.randn(CLASSES, FEATURES)}, trained.checkpoint)
+    else:
+        kept.unlink()
+    before = Ledger.open(trained.ledger).num_steps
+    with pytest.raises(PlanError, match="PIA033"):
+        trained.run(made, seed=None)
+    assert Ledger.open(trained.ledger).num_steps == before
+    assert not (trained.directory / "after" / "certificate.json").exists()
+    if bug == "another model":
+        torch.save(right, trained.checkpoint)
+        assert trained.run(made, seed=None).steps == made.steps, "the mistake left nothing behind"
 
 
 def test_without_a_seed_two_runs_differ(tmp_path: Path) -> None:
