@@ -1,4 +1,4 @@
-"""Shows the examples of docstrings as code: a griffe extension for the documentation site."""
+"""Shows docstrings as Markdown, their examples as code: a griffe extension for the documentation site."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ from typing import Any
 import griffe
 
 _EXAMPLE = re.compile(r"(?:^[ ]*>>> .*\n?(?:^[ ]*(?!>>>)\S.*\n?)*)+", re.MULTILINE)
+
+_ROLE = re.compile(r":(?:func|class|meth|mod|attr):`~?([^`]+)`")
+
+
+def plain_names(text: str) -> str:
+    """Names without the role that editors read before them."""
+    return _ROLE.sub(r"`\1`", text)
 
 
 def fenced(text: str) -> str:
@@ -20,5 +27,8 @@ class DoctestBlocks(griffe.Extension):
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
         """Rewrite the docstring of one object."""
-        if obj.docstring is not None and ">>> " in obj.docstring.value:
+        if obj.docstring is None:
+            return
+        obj.docstring.value = plain_names(obj.docstring.value)
+        if ">>> " in obj.docstring.value:
             obj.docstring.value = fenced(obj.docstring.value)

@@ -8,7 +8,6 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,11 @@ from per_instance_accountant.audit import audit
 from per_instance_accountant.audit.budget import BudgetAudit
 from per_instance_accountant.audit.rounding import rounded_up
 from per_instance_accountant.cli import demo_training as training
+from per_instance_accountant.cli.demo_evidence import measure, snapshot
 from per_instance_accountant.cli.printing import SENSITIVE, Format, Page, Table, emit
 from per_instance_accountant.errors import UsageError
 from per_instance_accountant.finetuning import run_plan
+from per_instance_accountant.report import Evidence
 from per_instance_accountant.unlearning import UnlearningPlan, plan, plan_everyone, verify
 
 DELTA = 1e-5
@@ -33,6 +34,7 @@ ORDER, TARGET = 8.0, 0.1
 STEPS = 300
 ACCURACY_SEEDS = 4
 _OWN = ("convex", "network", "sgld", "unlearned", "plan.json", "certificate.json", "demo.json", "convex.pt")
+_EVIDENCE = "evidence.json"
 _PAGE = "report.html"
 
 
@@ -46,7 +48,7 @@ def _prepare(output: Path) -> None:
             "pia demo --output another-directory",
         )
     output.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for name in (*_OWN, _PAGE):
+    for name in (*_OWN, _EVIDENCE, _PAGE):
         path = output / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     # Marks the directory before the first artefact, so that an interrupted run can be repeated.
@@ -99,6 +101,11 @@ def _train_and_forget(
         "plan": made,
         "run": run,
         "report": report,
+        "models": {
+            "original": snapshot(model),
+            "unlearned": snapshot(run.module),
+            "retrained": snapshot(retrained),
+        },
         "accuracy": {
             "original": digits.accuracy(model),
             "unlearned": digits.accuracy(run.module),
@@ -107,18 +114,23 @@ def _train_and_forget(
     }
 
 
-def _mean_accuracies(
-    first: Mapping[str, float], digits: training.Digits, seed: int, ids: list[int]
-) -> dict[str, Any]:
-    """The first run's accuracies and those of further seeds, with the same request."""
-    rows = [first]
+def _further_seeds(
+    first: dict[str, Any], digits: training.Digits, seed: int, ids: list[int]
+) -> list[dict[str, Any]]:
+    """The first run and those of further seeds, with the same request."""
+    runs = [first]
     for extra in tqdm(
         range(1, ACCURACY_SEEDS), desc="accuracy over seeds", unit="seed", disable=None, leave=False
     ):
         with tempfile.TemporaryDirectory() as scratch:
-            rows.append(_train_and_forget(digits, seed + extra, Path(scratch), ids)["accuracy"])
-    means: dict[str, Any] = {name: float(np.mean([row[name] for row in rows])) for name in first}
-    return means | {"seeds": ACCURACY_SEEDS, "each": rows}
+            runs.append(_train_and_forget(digits, seed + extra, Path(scratch), ids))
+    return runs
+
+
+def _mean_accuracies(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    rows = [run["accuracy"] for run in runs]
+    means: dict[str, Any] = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    return means | {"seeds": len(rows), "each": rows}
 
 
 def _network(digits: training.Digits, seed: int, output: Path) -> dict[str, Any]:
@@ -176,12 +188,17 @@ def _document(
             "checks": [{"check": c.name, "status": c.status} for c in convex["report"].checks],
         },
         "accuracy": convex["accuracy"],
+        "claims": [
+            {"name": claim.name, "claimed": claim.claimed, "measured_at_least": claim.lower}
+            for claim in convex["evidence"].claims
+        ],
         "sgld": sgld["audit"].to_dict() | {"plan": _plan_summary(sgld["plan"]), "accuracy": sgld["accuracy"]},
         "artefacts": {
             "ledger": str(output / "convex"),
             "network_ledger": str(output / "network"),
             "sgld_ledger": str(output / "sgld"),
             "report": str(output / _PAGE),
+            "evidence": str(output / _EVIDENCE),
             "plan": str(output / "plan.json"),
             "certificate": str(output / "certificate.json"),
             "checkpoint": str(convex["run"].checkpoint),
@@ -212,18 +229,35 @@ def _run(seed: int, directory: Path, output_format: Format) -> bool:
     shutil.copy(convex["run"].certificate, directory / "certificate.json")
     network = _network(digits, seed, directory)
     sgld = _sgld(digits, seed, directory, list(convex["plan"].ids))
-    convex["accuracy"] = _mean_accuracies(convex["accuracy"], digits, seed, list(convex["plan"].ids))
-    _write_page(convex["audit"], directory)
+    ids = list(convex["plan"].ids)
+    runs = _further_seeds(convex, digits, seed, ids)
+    convex["evidence"] = measure(
+        digits,
+        [run["models"] for run in runs],
+        ids,
+        seed=seed,
+        steps=STEPS,
+        claimed=convex["audit"].worst_case_tight,
+        delta=DELTA,
+    )
+    convex["accuracy"] = _mean_accuracies(runs)
+    _write_page(convex["audit"], convex["evidence"], directory)
     document = _document(convex, network, sgld, directory)
     (directory / "demo.json").write_text(json.dumps(document, indent=2, default=float))
     emit(_page(document, convex, network), output_format)
     return bool(document["certificate"]["valid"])
 
 
-def _write_page(result: BudgetAudit, output: Path) -> None:
+def _write_page(result: BudgetAudit, evidence: Evidence, output: Path) -> None:
     """The page of the convex run as it was before anybody was forgotten."""
     everyone = plan_everyone(result.ledger or output / "convex", TARGET, order=ORDER)
-    result.report(output / _PAGE, everyone=everyone, title="Individual privacy budgets of the digits")
+    evidence.save(output / _EVIDENCE)
+    result.report(
+        output / _PAGE,
+        everyone=everyone,
+        evidence=evidence,
+        title="Individual privacy budgets of the digits",
+    )
 
 
 def _rows(name: str, result: BudgetAudit) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from per_instance_accountant.errors import UsageError
+from per_instance_accountant.results.files import write_private
 
 _MOST: Final = 1 << 24
 
@@ -28,7 +29,8 @@ def _require(ok: bool, happened: str, fix: str) -> None:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BarrierEvidence:
     """Losses on the straight line between two models. lowest, mean, highest: (points,) over the pairs of
-    models, in nats. on: the instances they are the mean loss of. pairs: number of pairs."""
+    models, in nats. on: the instances they are the mean loss of. pairs: number of pairs. between: the two
+    models, in words."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
     lowest: tuple[float, ...]
@@ -36,6 +38,7 @@ class BarrierEvidence:
     highest: tuple[float, ...]
     on: str
     pairs: int
+    between: str = "one model and the other"
 
     def __post_init__(self) -> None:
         curves = (self.lowest, self.mean, self.highest)
@@ -48,7 +51,7 @@ class BarrierEvidence:
         )
 
     @classmethod
-    def of(cls, path: ArrayLike, *, on: str) -> BarrierEvidence:
+    def of(cls, path: ArrayLike, *, on: str, between: str = "one model and the other") -> BarrierEvidence:
         """From (points, K) losses, such as ``evaluation.LossBarrier.path``.
 
         >>> BarrierEvidence.of([[1.0, 1.0], [2.0, 3.0], [1.0, 1.0]], on="test set").mean
@@ -67,6 +70,7 @@ class BarrierEvidence:
             highest=tuple(high.tolist()),
             on=on,
             pairs=values.shape[1],
+            between=between,
         )
 
 
@@ -101,10 +105,12 @@ class Evidence:
     """Everything measured that a page shows; parts that were not measured are empty."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
-    barrier: BarrierEvidence | None = None
+    barriers: tuple[BarrierEvidence, ...] = ()
     claims: tuple[ClaimEvidence, ...] = ()
     confidence: float = 0.95
     """Of the intervals of the claims."""
+    attack: str = ""
+    """How the claims were attacked, in one sentence for the page."""
 
     def __post_init__(self) -> None:
         _require(0 < self.confidence < 1, f"confidence is {self.confidence!r}", "Evidence(confidence=0.95)")
@@ -121,8 +127,13 @@ class Evidence:
                 "PIA071",
                 f"the evidence does not fit at {places}",
                 "Nothing was drawn from it",
-                '{"barrier": {...} or null, "claims": [...], "confidence": 0.95}',
+                '{"barriers": [...], "claims": [...], "confidence": 0.95}',
             ) from None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """As JSON that :meth:`load` and ``pia report --evidence`` read, readable by the owner only. Raises
+        UsageError PIA070 for a path that is no regular file."""
+        write_private(path, json.dumps(asdict(self), indent=2).encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Evidence:

@@ -248,9 +248,11 @@ def loss_barrier(barrier: BarrierEvidence) -> Section:
     share = [k / (points - 1) for k in range(points)]
     chord = [(1 - s) * barrier.mean[0] + s * barrier.mean[-1] for s in share]
     excess = max(value - line for value, line in zip(barrier.mean, chord, strict=True))
+    rises = f"rises at most {excess:.3g} nats" if excess > 1e-9 else "never rises"
+    pairs = "1 pair" if barrier.pairs == 1 else f"mean of {barrier.pairs} pairs"
     finding = (
-        f"On the way from one model to the other the mean loss on {plain(barrier.on)} rises at most "
-        f"{excess:.3g} nats above the straight line between its ends ({barrier.pairs} pairs)."
+        f"On the way from one to the other the mean loss on {plain(barrier.on)} {rises} above the "
+        f"straight line between its ends ({pairs})."
     )
     chart = Lines(
         x=tuple(share),
@@ -258,7 +260,8 @@ def loss_barrier(barrier: BarrierEvidence) -> Section:
         x_label="share of the way",
         y_label=f"mean loss on {plain(barrier.on)} (nats)",
     )
-    return Section(title="Loss barrier", finding=finding, chart=chart, basis="ESTIMATE")
+    title = f"Loss barrier between {plain(barrier.between)}"
+    return Section(title=title, finding=finding, chart=chart, basis="ESTIMATE")
 
 
 def claimed_and_measured(evidence: Evidence) -> Section:
@@ -266,7 +269,11 @@ def claimed_and_measured(evidence: Evidence) -> Section:
     broken = [plain(claim.name) for claim in evidence.claims if not claim.holds]
     count = len(evidence.claims)
     claims = "the claim" if count == 1 else f"all {count} claims"
-    finding = f"What the attacks measured is compatible with {claims}."
+    nearest = min(evidence.claims, key=_distance)
+    finding = (
+        f"What the attacks measured is compatible with {claims}: closest is {plain(nearest.name)}, with at "
+        f"least {rounded_down(nearest.lower)} measured and at most {rounded_up(nearest.claimed)} claimed."
+    )
     if broken:
         finding = (
             f"{len(broken)} of {count} claims are refuted: {', '.join(broken[:5])}. "
@@ -286,7 +293,8 @@ def claimed_and_measured(evidence: Evidence) -> Section:
             for claim in evidence.claims
         ),
     )
-    note = f"Measured at confidence {evidence.confidence:g}. {_cut(count, chart.shown)}"
+    attack = f"{plain(evidence.attack)} " if evidence.attack else ""
+    note = f"{attack}Measured at confidence {evidence.confidence:g}. {_cut(count, chart.shown)}"
     return Section(
         title="Claimed against measured",
         finding=finding,
@@ -300,6 +308,13 @@ def claimed_and_measured(evidence: Evidence) -> Section:
 def _summarises(audit: BudgetAudit, name: str) -> bool:
     count = len(np.unique(audit.groups[name])) if name in audit.groups else 0
     return count <= min(_MOST_LABELS, max(len(audit.ids) // 2, 1))
+
+
+def _distance(claim: ClaimEvidence) -> float:
+    """Share of a claim that was not reached."""
+    if claim.claimed == 0:
+        return 0.0
+    return (claim.claimed - claim.lower) / claim.claimed if claim.claimed < math.inf else 1.0
 
 
 def _measured_range(claim: ClaimEvidence) -> tuple[str, float, float, float]:

@@ -185,9 +185,10 @@ def _shareable(audit: BudgetAudit, by: str | None, released: Released | None) ->
 
 
 def _measured(evidence: Evidence | None) -> Iterator[Section]:
-    if evidence is not None and evidence.barrier is not None:
-        yield sections.loss_barrier(evidence.barrier)
-    if evidence is not None and evidence.claims:
+    if evidence is None:
+        return
+    yield from map(sections.loss_barrier, evidence.barriers)
+    if evidence.claims:
         yield sections.claimed_and_measured(evidence)
 
 
@@ -201,7 +202,7 @@ def _absent(
         )
     elif everyone is None:
         yield "Steps to unlearn: no target was given (pia report --target-epsilon 0.1 --order 8)."
-    if evidence is None or evidence.barrier is None:
+    if evidence is None or not evidence.barriers:
         yield "Loss barrier: no evaluation was given (pia report --evidence FILE)."
     if evidence is None or not evidence.claims:
         yield "Claimed against measured: no evaluation was given (pia report --evidence FILE)."

@@ -77,10 +77,13 @@ def test_every_code_of_the_documents_exists() -> None:
 def test_examples_of_docstrings_become_code() -> None:
     sys.path.insert(0, str(ROOT / ".ci"))
     try:
-        from doctest_blocks import fenced
+        from doctest_blocks import fenced, plain_names
     finally:
         sys.path.pop(0)
     text = "Title.\n\n>>> f(1,\n...   2)\n3\n>>> g()\n\nMore text."
+    assert plain_names("See :func:`~package.name`, `code` and :class:`One`.") == (
+        "See `package.name`, `code` and `One`."
+    )
     assert fenced(text) == "Title.\n\n```pycon\n>>> f(1,\n...   2)\n3\n>>> g()\n```\n\nMore text."
 
 

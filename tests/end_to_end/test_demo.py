@@ -15,6 +15,8 @@ from per_instance_accountant import LastSeen, WorstCase, audit, verify
 from per_instance_accountant.cli import demo
 from per_instance_accountant.cli.printing import Format
 from per_instance_accountant.errors import UsageError
+from per_instance_accountant.report import Evidence
+from per_instance_accountant.results.rounding import rounded_up
 from per_instance_accountant.unlearning import UnlearningPlan
 
 
@@ -60,6 +62,19 @@ def test_the_plan_saves_work_and_the_certificate_holds(printed: dict[str, Any]) 
     where = {"ledger": artefacts["ledger"], "checkpoint": artefacts["checkpoint"]}
     assert verify(artefacts["certificate"], **where).valid
     assert not verify(artefacts["certificate"], ledger=artefacts["network_ledger"]).valid
+
+
+def test_the_page_shows_what_was_measured(printed: dict[str, Any]) -> None:
+    (claim,) = printed["claims"]
+    assert claim["claimed"] == printed["convex"]["epsilon_worst_tight"]
+    assert 0 <= claim["measured_at_least"] <= claim["claimed"], "a refuted claim is a bug"
+    evidence = Evidence.load(printed["artefacts"]["evidence"])
+    assert [barrier.pairs for barrier in evidence.barriers] == [4, 4]
+    page = Path(printed["artefacts"]["report"]).read_text(encoding="utf-8")
+    assert page.count("Loss barrier between the original and the") >= 2
+    assert "Claimed against measured" in page and "no evaluation was given" not in page
+    worst = f"the worst case grew to {rounded_up(printed['convex']['epsilon_worst'])}."
+    assert worst in page, "the number of the table"
 
 
 def test_accuracy_is_that_of_retraining(printed: dict[str, Any]) -> None:

@@ -42,7 +42,7 @@ from tests.report.conftest import HOSTILE, STEPS, N, make_ledger
 
 NOON = datetime.datetime(2026, 1, 2, 12, tzinfo=datetime.UTC)
 EVIDENCE = Evidence(
-    barrier=BarrierEvidence.of([[0.2, 0.3], [0.9, 0.5], [0.2, 0.3]], on="the forgotten instances"),
+    barriers=(BarrierEvidence.of([[0.2, 0.3], [0.9, 0.5], [0.2, 0.3]], on="the forgotten instances"),),
     claims=(
         ClaimEvidence(name="worst case", claimed=3.0, lower=0.4, upper=1.2),
         ClaimEvidence(name="median", claimed=1.0, lower=0.1, upper=0.8),
@@ -249,13 +249,23 @@ def test_a_refuted_claim_is_said_first() -> None:
     assert section.chart.table()[1] == [("worst case", "0.4", "0.3", "1.2")]
     assert not section.ok and section.finding.startswith("1 of 1 claims are refuted")
     assert sections.claimed_and_measured(EVIDENCE).ok
+    exact = Evidence(
+        claims=tuple(ClaimEvidence(name=f"c{k}", claimed=c, lower=0.0) for k, c in enumerate((0.0, math.inf)))
+    )
+    assert "closest is c0, with at least 0 measured and at most 0 claimed" in (
+        sections.claimed_and_measured(exact).finding
+    )
     below = Evidence(claims=(ClaimEvidence(name="x", claimed=1.23456, lower=0.98765),))
     assert sections.claimed_and_measured(below).chart.table()[1] == [("x", "0.9876", "1.235", "not known")]
 
 
 def test_a_barrier_is_measured_from_the_chord() -> None:
-    assert EVIDENCE.barrier is not None
-    assert "at most 0.45 nats above" in sections.loss_barrier(EVIDENCE.barrier).finding
+    (barrier,) = EVIDENCE.barriers
+    assert "at most 0.45 nats above" in sections.loss_barrier(barrier).finding
+    convex = BarrierEvidence.of([[1.0], [0.4], [0.2]], on="x", between="a and b")
+    section = sections.loss_barrier(convex)
+    assert section.title == "Loss barrier between a and b"
+    assert "the mean loss on x never rises above" in section.finding
 
 
 @pytest.mark.parametrize(
@@ -264,7 +274,7 @@ def test_a_barrier_is_measured_from_the_chord() -> None:
         {"claims": [{"name": "x", "claimed": float("nan"), "lower": 0, "upper": 1}]},
         {"claims": [{"name": "x", "claimed": 1.0, "lower": 2, "upper": 1}]},
         {"claims": [{"name": "x", "claimed": 1.0}]},
-        {"barrier": {"lowest": [1], "mean": [1], "highest": [1], "on": "x", "pairs": 1}},
+        {"barriers": [{"lowest": [1], "mean": [1], "highest": [1], "on": "x", "pairs": 1}]},
         {"confidence": 1.0},
         {"unknown": 1},
         [],
