@@ -167,7 +167,8 @@ def test_resume_continues_the_ledger(tmp_path, torch_seed):
 
 
 def test_resume_without_a_place_in_the_ledger_is_refused(tmp_path, torch_seed):
-    plain = L.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False)
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    plain = L.Trainer(max_epochs=1, accelerator="cpu", **quiet)
     plain.fit(Module(), DataLoader(examples(), batch_size=6))
     plain.save_checkpoint(tmp_path / "plain.ckpt")
     engine = PrivacyEngine(accountant="rdp")
