@@ -1,9 +1,9 @@
 """How many seeded privacy bugs the tests notice: each is put into a copy of the sources, and its tests run.
 
-A bug counts as caught when pytest reports a failed test (exit code 1) that passes without it. Results are kept
-in ``--cache`` and reused while the sources and tests stay the same, so that an interrupted run goes on;
-``--write`` puts the table into docs/verification.md. The quick form tries the bugs of ``QUICK``, each with its
-one test.
+A bug counts as caught when pytest reports a failed test (exit code 1) that passes without it. Results are
+kept in ``--cache`` and reused while the sources and tests stay the same, so that an interrupted run goes on;
+``--write`` puts the table into docs/verification.md. The quick form tries the bugs of ``QUICK``, each with
+its one test.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def measure(
                 fingerprint(root, mutant, mutant.tests), lambda place: try_one(root, place, mutant)
             )
             print(f"  {found['status']:9} {found['seconds']:6} s  {mutant.name}", file=sys.stderr)  # type: ignore[index]
-            return dict(found)  # type: ignore[call-overload]
+            return dict(found)  # type: ignore[call-overload, no-any-return]
 
         with ThreadPoolExecutor(jobs) as pool:
             results = list(pool.map(judge, mutants))
