@@ -74,6 +74,42 @@ for _name in ("__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__
         setattr(DPTensorFastGradientClipping, _name, _per_instance_terms(_name))
 
 
+_stock_backward = DPTensorFastGradientClipping.backward
+
+
+def _backward(self: Any, *args: Any, **named: Any) -> Any:
+    """Both backward passes of ghost clipping, of one loss for each instance."""
+    factors = getattr(self.module, "get_clipping_coef", None)
+    if not isinstance(factors, GhostFactors) or factors.tracker is None:
+        return _stock_backward(self, *args, **named)
+    self.loss_per_sample = one_loss_each(self.loss_per_sample, factors.tracker.batch_size)
+    found = _stock_backward(self, *args, **named)
+    factors.tracker.optimizer.seal()
+    return found
+
+
+DPTensorFastGradientClipping.backward = _backward
+
+
+def one_loss_each(losses: torch.Tensor, count: int) -> torch.Tensor:
+    """The losses (B, ...) as (B,), the shape in which Opacus multiplies them by the factors (B,).
+
+    Losses (B, 1) would become a (B, B) product, in which every instance has the sum of all factors; one loss
+    of a whole batch, or T losses of a batch of one, would be scaled as wrongly. Raises AlignmentError PIA003.
+
+    >>> one_loss_each(torch.ones(3, 1), 3).shape
+    torch.Size([3])
+    """
+    if losses.numel() != count or (losses.dim() == 0 and count != 1):
+        raise AlignmentError(
+            "PIA003",
+            f"the criterion gave {losses.numel()} losses for a batch of {count} instances",
+            "Losses and clip factors would be combined across instances, which then enter unclipped",
+            "a criterion with one loss for each instance; criterion(..., shape=logits.shape) for sequences",
+        )
+    return losses.reshape(count)
+
+
 def install_ghost(module: Any, tracker: Tracker) -> None:
     """Make ghost clipping use the tracker's factors and norms that no rounding makes too small."""
     kind_of = getattr(module, "_get_module_type", type)
@@ -150,7 +186,7 @@ def embedding_norms(
     those at ``padding_idx`` vanish."""
     _refuse_low_precision(backprops)
     count, words = len(activations[0]), layer.num_embeddings
-    entries = activations[0].reshape(count, -1).long()
+    entries = (activations[0].flatten(1) if activations[0].dim() > 1 else activations[0][:, None]).long()
     signals = backprops.double().reshape(entries.numel(), layer.embedding_dim)
     rows = torch.arange(count, device=entries.device)[:, None] * words
     kept = slice(None) if layer.padding_idx is None else (entries != layer.padding_idx).flatten()

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from opacus import optimizers
-from torch.distributed.tensor.experimental import implicit_replication
+from opacus.optimizers.optimizer import _generate_noise
+from torch.distributed.tensor import DTensor, Replicate
 
 from per_instance_accountant.opacus_adapter.optimizers import TRACKED
 from per_instance_accountant.opacus_adapter.rank_steps import DISTRIBUTED, GhostRankStep, refuse_ranks
@@ -27,7 +28,26 @@ except ImportError:  # Opacus before 1.5.4
 PRECISE = {None, torch.float32, torch.float64}
 
 
-class TrackedShardedOptimizer(GhostRankStep, _Stock):
+class ShardNoise(_Stock):
+    """Noise as Opacus makes it, also for parameters that leave some rank without a row."""
+
+    world_size: int
+    grad_state: dict[Any, dict[str, Any]]
+
+    def add_noise(self) -> None:
+        std = self.noise_multiplier * self.max_grad_norm
+        if self.loss_reduction == "mean":
+            std /= self.world_size
+        for p in self.params:
+            total = self.grad_state[p]["summed_grad"]
+            # For the whole parameter, of which the rank keeps its shard: generators that were seeded alike
+            # on all ranks do no harm then.
+            noise = _generate_noise(std, total, generator=self.generator, secure_mode=self.secure_mode)
+            whole = DTensor.from_local(noise, total.device_mesh, [Replicate()], run_check=False)
+            p.grad = total + whole.redistribute(placements=total.placements)
+
+
+class TrackedShardedOptimizer(GhostRankStep, ShardNoise):
     """An FSDPOptimizerFastGradientClipping whose steps are written to one part of a ledger on each rank.
 
     Differs from Opacus for ``loss_reduction="sum"``: the sum of all ranks is released, as ``DPDDP`` does,
@@ -35,8 +55,6 @@ class TrackedShardedOptimizer(GhostRankStep, _Stock):
     """
 
     core: torch.nn.Module
-    world_size: int
-    grad_state: dict[Any, dict[str, Any]]
 
     def draws_noise(self) -> bool:
         return True
@@ -58,11 +76,6 @@ class TrackedShardedOptimizer(GhostRankStep, _Stock):
             for p in self.params:
                 p.grad.mul_(self.world_size)
         super().accumulate()
-
-    def add_noise(self) -> None:
-        # Noise is drawn for the whole parameter; the rank keeps the part of its shard.
-        with implicit_replication():
-            super().add_noise()
 
     def forget(self) -> None:
         super().forget()

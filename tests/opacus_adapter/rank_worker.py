@@ -24,6 +24,7 @@ from opacus.utils.batch_memory_manager import BatchMemoryManager
 from opacus.utils.fsdp_utils import FSDP2Wrapper
 from opacus.utils.uniform_sampler import DistributedUniformWithReplacementSampler
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data import DataLoader, TensorDataset
@@ -38,7 +39,7 @@ from per_instance_accountant import (
     WorstCase,
 )
 from per_instance_accountant.errors import GuaranteeError
-from per_instance_accountant.opacus_adapter import SGLD
+from per_instance_accountant.opacus_adapter import SGLD, sharding
 
 COUNT, CLIP, RATE = 61, 0.8, 0.05
 RULES: dict[str, Any] = {
@@ -52,6 +53,8 @@ WRAPPERS: dict[str, Any] = {
     "ddp": DDP,
     "dpddp": DPDDP,
     "fsdp": lambda module: FSDP2Wrapper(module),
+    "fsdp low": lambda module: FSDP2Wrapper(module, mp_policy=MixedPrecisionPolicy(torch.bfloat16)),
+    "fsdp ignored": lambda module: fully_shard(module, ignored_params={module[2].bias}),
     "none": lambda module: module,
 }
 
@@ -62,8 +65,64 @@ def examples() -> TensorDataset:
     return TensorDataset(x, torch.randint(0, 3, (COUNT,), generator=generator))
 
 
-def network() -> nn.Module:
+class Tokens(nn.Module):
+    """A sampler of Opacus for every kind of layer; rows of one parameter that no second rank gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.tokens, self.narrow = nn.Embedding(9, 4), nn.Linear(4, 5), nn.Linear(5, 1)
+        self.convolution, self.scaled, self.out = nn.Conv1d(5, 3, 2), nn.LayerNorm(15), nn.Linear(21, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        entries = (x.clamp(-2, 2) * 2).round().long() + 4
+        hidden = torch.tanh(self.tokens(self.embedding(entries)))
+        moved = self.scaled(self.convolution(hidden.mT).flatten(1))
+        return self.out(torch.cat([moved, self.narrow(hidden).flatten(1)], dim=1))
+
+
+class Forgetful(nn.Module):
+    """Uses its first layer in the first pass only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.out, self.passes = nn.Linear(6, 6), nn.Linear(6, 3), 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.passes += 1
+        return self.out(torch.tanh(self.first(x) if self.passes == 1 else x))
+
+
+class Scaled(nn.Linear):
+    """A layer that Opacus has no sampler for."""
+
+
+SEEDS = {"seed": 99, "seed again": 1234}
+
+
+def undivided(layer: nn.Module) -> None:
+    if isinstance(layer, FSDPModule):
+        layer.set_force_sum_reduction_for_comms(True)
+        layer.set_gradient_divide_factor(1.0)
+
+
+def unsynchronised(layer: nn.Module) -> None:
+    if isinstance(layer, FSDPModule):
+        layer.set_requires_gradient_sync(False)
+
+
+REDUCTIONS: dict[str, Any] = {"undivided": undivided, "unsynchronised": unsynchronised}
+NETWORKS: dict[str, Any] = {
+    "tokens": Tokens,
+    "forgetful": Forgetful,
+    "scaled": lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), Scaled(5, 3)),
+}
+
+
+def network(name: str = "plain") -> nn.Module:
     torch.manual_seed(5)
+    if name in NETWORKS:
+        module: nn.Module = NETWORKS[name]()
+        return module
     return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
 
 
@@ -93,7 +152,8 @@ def private(rank: int, folder: Path, options: dict[str, Any], inner: nn.Module) 
         ),
         criterion=nn.CrossEntropyLoss(reduction=reduction),
         noise_multiplier=options.get("noises", [options.get("noise", 1.0)] * 9)[rank],
-        max_grad_norm=CLIP,
+        max_grad_norm=[CLIP / 2] * 4 if options.get("clipping") == "per_layer" else CLIP,
+        clipping=options.get("clipping", "flat"),
         loss_reduction=reduction,
         grad_sample_mode=options.get("mode", "hooks"),
         poisson_sampling=options.get("poisson", True),
@@ -103,7 +163,9 @@ def private(rank: int, folder: Path, options: dict[str, Any], inner: nn.Module) 
 
 
 def train(rank: int, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
-    inner = network()
+    inner = network(options.get("network", "plain"))
+    if options.get("unguarded"):
+        sharding.check_sharding = lambda *_: None
     engine, model, optimizer, criterion, loader = private(rank, folder, options, inner)
     if "langevin" in options:
         SGLD(**options["langevin"]).drive(engine)
@@ -122,7 +184,8 @@ def train(rank: int, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
         with parts as batches:
             for number, (x, y) in enumerate(batches):
                 event = options.get("event", {})
-                if event.get("rank", rank) == rank and (epoch, number) == (0, event.get("step")):
+                now = event.get("rank", rank) == rank and event.get("step", number) == number
+                if event and now and epoch == 0:
                     happen(event["what"], x, engine)
                 steps = engine.ledger.num_steps
                 before = flat(inner)
@@ -175,8 +238,10 @@ def happen(what: str, x: torch.Tensor, engine: Any) -> None:
         x.fill_(float("nan"))
     if what == "full":
         engine.tracker.recorder.writer._log.append = refuse
-    if what == "seed":
-        torch.manual_seed(99)
+    if what in SEEDS:
+        torch.manual_seed(SEEDS[what])
+    for layer in engine.tracker.module.modules():
+        REDUCTIONS.get(what, lambda _: None)(layer)
 
 
 def main() -> None:
