@@ -33,8 +33,8 @@ def largest_threshold(
     direction: str = "both",
 ) -> float:
     """Largest threshold c, at most the clip norm, such that an instance clipped at c in each of
-    ``training_steps`` steps of ``phase`` can be forgotten in ``steps`` steps; rounded down, 0.0 if there is
-    none.
+    ``training_steps`` steps of ``phase`` can be forgotten in ``steps`` steps; rounded down to a float32, in
+    which thresholds are stored; 0.0 if there is none.
 
     Chosen before training, it makes deletion cheap for everybody: ``FixedThresholds`` at most c, and data
     whose gradients cannot exceed it (for a linear model, rows scaled to norm ``c / sqrt(2)``), so that
@@ -77,7 +77,8 @@ def largest_threshold(
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         low, high = (middle, high) if enough(middle) else (low, middle)
-    return low
+    stored = np.float32(low)
+    return float(stored if stored <= low else np.nextafter(stored, np.float32(0)))
 
 
 def _alone(mechanism: Mechanism, threshold: float, steps: int, num_instances: int) -> TrainingChain:

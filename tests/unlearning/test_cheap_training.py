@@ -46,7 +46,8 @@ def test_the_threshold_is_the_largest_that_a_run_can_be_planned_with(rate, measu
     threshold = found(steps, phase, epsilon=epsilon, assumptions=known, **measure)
     assert 0 < threshold < 1.42
     values = np.full(N, 1.42, np.float32)
-    values[0], values[1] = np.nextafter(np.float32(threshold), np.float32(0)), threshold * 1.01
+    values[0], values[1] = threshold, threshold * 1.01
+    assert values[0] == threshold, "storing it must not raise it"
     writer = LedgerWriter.create(None, Run(num_instances=N, assumptions=known.to_dict()))
     writer.append(Thresholds(values=values, source="fixed"))
     writer.append(phase)

@@ -204,6 +204,15 @@ def test_adding_up_epsilons_of_members_would_be_caught():
         assert gaussian_delta(shifts.sum(), alone) > 1e-2
 
 
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.floats(1.1, 1e6), st.floats(1, 1e3), st.floats(0.01, 5), st.floats(-15, -0.1))
+def test_watching_a_higher_order_promises_no_less(order, times, budget, log_delta):
+    """Everybody is planned along rising orders; above 1 / delta the plain conversion would rise again."""
+    delta = float(np.exp(log_delta))
+    low, high = (group_epsilon(np.array([a]), np.array([budget]), delta) for a in (order, order * times))
+    assert 0 <= high <= low * (1 + 1e-9)
+
+
 def test_members_of_several_orders_and_nobody():
     assert group_epsilon(np.array([2.0, 2.0]), np.array([0.1, 0.1]), 1e-5) == np.inf
     assert group_epsilon(np.array([8.0, 9.0]), np.zeros(2), 1e-5) == 0

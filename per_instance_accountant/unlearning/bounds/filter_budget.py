@@ -88,6 +88,9 @@ def group_epsilon(orders: Array, budgets: Array, delta: float) -> float:
     count = len(orders)
     if not count:
         return 0.0
+    if count == 1:
+        # The budget holds below its order as well, and 1 / delta is the order that gives the least epsilon.
+        orders = np.minimum(orders, 1 / delta)
     spread = float((1 / (orders - 1)).sum()) if count > 1 else 0.0
     if spread >= 1:
         return math.inf
