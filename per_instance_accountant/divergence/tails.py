@@ -189,30 +189,44 @@ def _ladder(rates: bytes, ratios: bytes, add: bool) -> Floats:
 
 
 def smallest_epsilon(
-    counts: Floats, rates: Floats, ratios: Floats, start: Floats, log_delta: float
+    counts: Floats,
+    levels: Levels,
+    start: Floats,
+    log_delta: float,
+    known: tuple[Floats, NDArray[np.bool_]],
 ) -> Floats:
     """(n,) certified epsilons at most ``start``, inf where none was found; the larger of both
-    directions."""
+    directions.
+
+    known: what is certified of the direction "remove", and where nothing better is wanted.
+    """
     depth, floor = np.full_like(start, -log_delta), np.zeros_like(start)
     for add in (False, True):
-        search = _Search(counts, (rates, ratios), depth, add=add)
+        todo = np.flatnonzero(_largest_loss(counts, levels[0]) > floor if add else ~known[1])
+        if not add:
+            floor = np.where(known[1], known[0], floor)
+        if not todo.size:
+            continue
+        search = _Search(counts[todo], levels, depth[todo], add=add)
+        low, high = floor[todo], start[todo]
 
-        def solve(tail: Tail, rows: NDArray[np.intp], floor: Floats = floor) -> _Found:
-            return _epsilons(tail, start[rows], floor[rows], log_delta)
+        def solve(tail: Tail, rows: NDArray[np.intp], low: Floats = low, high: Floats = high) -> _Found:
+            return _epsilons(tail, high[rows], low[rows], log_delta)
 
         chernoff = (search.moments + _CHERNOFF - log_delta) / _LADDER
-        rung = np.where(floor > 0, _saddle(search.moments, floor), chernoff.argmin(axis=1))
+        rung = np.where(low > 0, _saddle(search.moments, low), chernoff.argmin(axis=1))
         first = np.maximum(chernoff.min(axis=1) * (1 + 1e-12), 0.0)
-        if add:
-            first = np.minimum(first, _largest_loss(counts, rates))
-        floor = np.maximum(floor, search.run(rung, first, floor, solve))
+        first = np.minimum(first, _largest_loss(counts[todo], levels[0]) if add else known[0][todo])
+        floor[todo] = np.maximum(low, search.run(rung, first, low, solve))
     return floor
 
 
-def tail_delta(counts: Floats, rates: Floats, ratios: Floats, start: Floats, epsilon: float) -> Floats:
+def tail_delta(
+    counts: Floats, levels: Levels, start: Floats, epsilon: float, known: tuple[Floats, NDArray[np.bool_]]
+) -> Floats:
     """(n,) certified deltas at ``epsilon``, inf where none was found; the larger of both directions.
 
-    start: (n,) upper bounds, for the choice of the nodes.
+    start: (n,) upper bounds, for the choice of the nodes. known: as in :func:`smallest_epsilon`.
     """
 
     def solve(tail: Tail, rows: NDArray[np.intp]) -> _Found:
@@ -227,14 +241,19 @@ def tail_delta(counts: Floats, rates: Floats, ratios: Floats, start: Floats, eps
     depth = 2.0 ** np.ceil(np.log2(5 - np.log(np.maximum(start, 1e-290))))
     floor = np.zeros_like(start)
     for add in (False, True):
-        search = _Search(counts, (rates, ratios), depth, add=add)
+        todo = np.flatnonzero(_largest_loss(counts, levels[0]) > epsilon if add else ~known[1])
+        if not add:
+            floor = np.where(known[1], known[0], floor)
+        if not todo.size:
+            continue
+        search = _Search(counts[todo], levels, depth[todo], add=add)
         chernoff = (search.moments - epsilon * _LADDER + _CHERNOFF).min(axis=1)
         first = np.exp(np.minimum(chernoff + 1e-12 * np.abs(chernoff) + 1e-11, 0.0))
         first = np.maximum(first, np.nextafter(0.0, 1.0))
-        if add:
-            first = np.where(_largest_loss(counts, rates) <= epsilon, 0.0, first)
-        rung = _saddle(search.moments, np.full_like(start, epsilon))
-        floor = np.maximum(floor, search.run(rung, first, floor, solve))
+        if not add:
+            first = np.minimum(first, known[0][todo])
+        rung = _saddle(search.moments, np.full(todo.size, epsilon))
+        floor[todo] = np.maximum(floor[todo], search.run(rung, first, floor[todo], solve))
     return floor
 
 
@@ -322,14 +341,14 @@ Solve = Callable[[Tail, NDArray[np.intp]], _Found]
 
 
 def _epsilons(tail: Tail, start: Floats, floor: Floats, log_delta: float) -> _Found:
-    epsilon, waste = _invert(tail, start, floor, log_delta)
+    epsilon, waste = invert(tail, start, floor, log_delta)
     guess, lost = epsilon.copy(), ~np.isfinite(epsilon)
     if lost.any():
-        guess[lost] = _invert(tail.bare(lost), start[lost], floor[lost], log_delta)[0]
+        guess[lost] = invert(tail.bare(lost), start[lost], floor[lost], log_delta)[0]
     return _Found(value=epsilon, epsilon=guess, log_delta=np.full(start.size, log_delta), waste=waste)
 
 
-def _invert(tail: Tail, start: Floats, floor: Floats, log_delta: float) -> tuple[Floats, Floats]:
+def invert(tail: Tail, start: Floats, floor: Floats, log_delta: float) -> tuple[Floats, Floats]:
     """An epsilon in [0, start] at which the tail was seen not to exceed delta, else inf; (n,).
 
     Close to the smallest one, or at most ``floor``.

@@ -24,6 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from per_instance_accountant.divergence.contour import UNIT
 from per_instance_accountant.divergence.conversions import rdp_to_delta, rdp_to_epsilon
 from per_instance_accountant.divergence.gaussian import gaussian_delta, gaussian_epsilon
+from per_instance_accountant.divergence.jumps import jump_deltas, jump_epsilons
 from per_instance_accountant.divergence.orders import (
     DEFAULT_ORDERS,
     as_float_array,
@@ -32,7 +33,7 @@ from per_instance_accountant.divergence.orders import (
     bad_argument,
 )
 from per_instance_accountant.divergence.sampled_gaussian import sampled_gaussian_rdp
-from per_instance_accountant.divergence.tails import smallest_epsilon, tail_delta
+from per_instance_accountant.divergence.tails import Levels, smallest_epsilon, tail_delta
 
 Floats = NDArray[np.float64]
 
@@ -108,7 +109,12 @@ def sampled_gaussian_epsilon(
         log_delta = math.log(probability)
         best = _by_rdp(runs, lambda rdp: rdp_to_epsilon(_ORDERS, rdp, probability))
         best = np.minimum(best, gaussian_epsilon(runs.mu, probability))
-        result = _improved(runs, best, lambda n, q, r, start: smallest_epsilon(n, q, r, start, log_delta))
+
+        def epsilons(counts: Floats, levels: Levels, start: Floats) -> Floats:
+            known = jump_epsilons(counts, levels, log_delta)
+            return smallest_epsilon(counts, levels, start, log_delta, known)
+
+        result = _improved(runs, best, epsilons)
     if probability < 1:
         result = np.where(runs.infinite, np.inf, np.where(costs, result, 0.0))
     return float(result[0]) if single else result
@@ -134,7 +140,11 @@ def sampled_gaussian_delta(
     else:
         best = _by_rdp(runs, lambda rdp: rdp_to_delta(_ORDERS, rdp, target))
         best = np.minimum(best, gaussian_delta(runs.mu, target))
-        result = _improved(runs, best, lambda n, q, r, start: tail_delta(n, q, r, start, target))
+
+        def deltas(counts: Floats, levels: Levels, start: Floats) -> Floats:
+            return tail_delta(counts, levels, start, target, jump_deltas(counts, levels, target))
+
+        result = _improved(runs, best, deltas)
     result = np.where(runs.infinite, 1.0, np.where(costs, result, 0.0))
     return float(result[0]) if single else result
 
@@ -158,12 +168,12 @@ def _rdp_table(rates: bytes, ratios: bytes) -> Floats:
     return np.where(np.isfinite(table), table, 1e300)
 
 
-def _improved(runs: _Runs, best: Floats, solve: Callable[[Floats, Floats, Floats, Floats], Floats]) -> Floats:
+def _improved(runs: _Runs, best: Floats, solve: Callable[[Floats, Levels, Floats], Floats]) -> Floats:
     """The smaller of ``best`` and what the contours certify, (n,)."""
     result = best.copy()
     todo = np.flatnonzero((best > 0) & ~runs.infinite)
     if todo.size and runs.ratios.max() <= _LARGEST_RATIO:
         for part in np.array_split(todo, math.ceil(todo.size / _CHUNK)):
-            certified = solve(runs.counts[part], runs.rates, runs.ratios, best[part])
+            certified = solve(runs.counts[part], (runs.rates, runs.ratios), best[part])
             result[part] = np.minimum(result[part], certified)
     return result
