@@ -31,8 +31,9 @@ def audit(
 ) -> None:
     """Individual privacy budgets. CSV lists every instance, or the groups with --by."""
     from per_instance_accountant.audit import audit as judge
+    from per_instance_accountant.cli.watching import open_ledger
 
-    result = judge(ledger, delta, charging=rule_of(charging))
+    result = judge(open_ledger(ledger), delta, charging=rule_of(charging))
     count = top or len(result.ids) if output_format is Format.CSV and by is None else top
     within = None if budget is None else budget_verdict(result, budget)
     emit(audit_page(result, ledger, by, count, within), output_format)

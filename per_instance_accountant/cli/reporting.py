@@ -69,12 +69,13 @@ def report(
 ) -> None:
     """One static page: no scripts, no network, prints well. Readable by its owner only."""
     from per_instance_accountant.audit import audit
+    from per_instance_accountant.cli.watching import open_ledger
     from per_instance_accountant.report import Evidence, report_html
     from per_instance_accountant.results.files import write_private
 
     measured = None if evidence is None else Evidence.load(evidence)
     released = _release(ledger, release_epsilon, delta, audience)
-    result = audit(ledger, delta, charging=rule_of(charging))
+    result = audit(open_ledger(ledger), delta, charging=rule_of(charging))
     page = report_html(
         result,
         audience=audience.value,
@@ -146,10 +147,10 @@ def export(
     The model card holds no individual values and goes to stdout without --output.
     """
     from per_instance_accountant.audit import audit
-    from per_instance_accountant.ledger import Ledger
+    from per_instance_accountant.cli.watching import open_ledger
 
     if kind is Kind.MODEL_CARD:
-        card = audit(ledger, delta, charging=rule_of(charging)).model_card()
+        card = audit(open_ledger(ledger), delta, charging=rule_of(charging)).model_card()
         if output is None:
             typer.echo(card, nl=False)
             return
@@ -159,9 +160,9 @@ def export(
             "PIA070", "--output is missing", "Nothing was exported", f"--as {kind.value} --output export"
         )
     elif kind is Kind.LEDGER:
-        Ledger.open(ledger).export(output)
+        open_ledger(ledger).export(output)
     else:
-        result = audit(ledger, delta, charging=rule_of(charging))
+        result = audit(open_ledger(ledger), delta, charging=rule_of(charging))
         {Kind.PARQUET: result.to_parquet, Kind.CSV: result.to_csv}[kind](output)
     document = {"exported": output, "as": kind.value}
     emit(Page(head=[], tables=[Table.of([document])], document=document), output_format)
