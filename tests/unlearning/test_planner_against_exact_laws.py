@@ -30,6 +30,7 @@ class Course:
     means: np.ndarray
     chances: np.ndarray
     variance: float
+    options: dict[str, float]
 
 
 class Training:
@@ -76,7 +77,7 @@ class Training:
         self.arrived = [decay * shift for shift in self.arrived]
         self.variance = decay**2 * self.variance + (scale * phase.noise_std) ** 2
 
-    def course(self):
+    def course(self, options):
         shifts, chances = np.concatenate(self.arrived), np.repeat(self.rates, len(self.members))
         means, weights = np.zeros(1), np.ones(1)
         for shift, rate in zip(shifts[shifts != 0], chances[shifts != 0], strict=True):
@@ -84,7 +85,7 @@ class Training:
             weights = np.concatenate([weights * (1 - rate), weights * rate])
         means, which = np.unique(means.round(12), return_inverse=True)
         weights = np.bincount(which, weights)
-        return Course(self.writer.ledger(), means[weights > 0], weights[weights > 0], self.variance)
+        return Course(self.writer.ledger(), means[weights > 0], weights[weights > 0], self.variance, options)
 
 
 def random_phase(rng, fixed):
@@ -103,7 +104,7 @@ def random_phase(rng, fixed):
 
 def random_course(rng, members, steps):
     """Up to three phases with other mechanisms, sometimes one that unlearns another request; then ``steps``
-    steps of the last training phase without the members."""
+    steps without the members, of the last training phase or with a learning rate and noise of their own."""
     training = Training(rng, members)
     for number in range(int(rng.integers(1, 4))):
         phase = random_phase(rng, training.fixed)
@@ -114,9 +115,17 @@ def random_course(rng, members, steps):
         for _ in range(int(rng.integers(1, 3))):
             training.step(phase)
     last = [phase for phase in training.writer.ledger().phases if phase.kind == "train"][-1]
+    options = {}
+    if rng.random() < 0.4:
+        options = {
+            "learning_rate": float(rng.uniform(0.05, 2)),
+            "noise_multiplier": float(rng.uniform(0.3, 4)),
+        }
+        noise = options["noise_multiplier"] * last.max_grad_norm
+        last = dataclasses.replace(last, learning_rate=options["learning_rate"], noise_std=noise)
     for _ in range(steps):
         training.move(last)
-    return training.course()
+    return training.course(options)
 
 
 def densities(course):
@@ -145,7 +154,7 @@ def exact_delta(course, epsilon):
 
 
 def value(course, members, steps, **measure):
-    return plan(course.ledger, members, 1e-12, max_steps=steps, **measure).value
+    return plan(course.ledger, members, 1e-12, max_steps=steps, **course.options, **measure).value
 
 
 @pytest.mark.parametrize("size", [1, 2])
