@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from per_instance_accountant.errors import LedgerError
 from per_instance_accountant.ledger.encoding import StoredRun, encode, encode_run
 from per_instance_accountant.ledger.merged import MOMENT, Merge
+from per_instance_accountant.ledger.parts import Part
 from per_instance_accountant.ledger.reader import Ledger
 from per_instance_accountant.ledger.records import Drop, Event, Phase, Resume, Step, Thresholds
 from per_instance_accountant.ledger.storage import KEY_NAME, LOG_NAME, sync_directory, unreadable
-from per_instance_accountant.ledger.walk import DIGEST_PREFIX, RunningDigest, Walk
 from per_instance_accountant.ledger.writer import LedgerWriter
 
 _ENFORCED: Final = ("fixed_thresholds", "sweep")
@@ -41,7 +41,9 @@ def merge_parts(
     parts: directories or ledgers, in any order. destination: a new or empty directory, or None for memory; it
     appears complete or not at all. A step of the result holds the instances that any rank drew, rising.
 
-    Uncertain means counted. A step that only some ranks recorded is a step. Where a charge depends on who was
+    Uncertain means counted. A step that only some ranks recorded is a step, although it was not released; two
+    of them may count as one, with all their instances, where some ranks began a resume more often than others
+    did. Where a charge depends on who was
     drawn (``unamplified``, and loaders that are not Poisson), everybody who may have been drawn by the ranks
     that did not record it is charged at the bound in force, once per rank. ``Ledger.merge`` says which steps
     and ranks these are. allow_missing: merge although whole parts are lost, in the same way.
@@ -143,98 +145,13 @@ def _refuse_destination() -> NoReturn:
     )
 
 
-class _Part:
-    """One part on its way through the merge. ``head``: its next fact, None at its end."""
-
-    def __init__(self, ledger: Ledger) -> None:
-        self.rank, self.confirmed = ledger.run.rank, ledger.confirmed
-        self.own_steps = 0
-        """Steps of this part before ``head``."""
-        self.head: Event | None = None
-        self._sessions = [(0, 0)]
-        """Number of the first step of each session, in this part and in the merged ledger."""
-        self._anchorable: list[tuple[int, int, int, bytes]] = []
-        """Session, frame, steps and digest wherever the part may have been anchored."""
-        self._digest = RunningDigest(ledger.source)
-        self._facts = self._read(ledger)
-        self.advance()
-
-    @property
-    def merged_steps(self) -> int:
-        """``own_steps`` in the count of the merged ledger."""
-        own, merged = self._sessions[-1]
-        return merged + self.own_steps - own
-
-    def advance(self) -> None:
-        """Go on to the next fact."""
-        self.own_steps += isinstance(self.head, Step)
-        self.head = next(self._facts, None)
-
-    def begin_session(self, merged_steps: int) -> None:
-        """The Resume that is ``head`` begins a session at that step of the merged ledger."""
-        self._sessions.append((self.own_steps, merged_steps))
-        self.advance()
-
-    def candidates(self) -> set[int]:
-        """Merged counts that the ``at_step`` of the Resume that is ``head`` may mean.
-
-        Two at the seam of sessions: if this rank lacks the last steps of a session, its end and the begin of
-        the next are one count here and two in the merged ledger.
-        """
-        at = self.head.at_step if isinstance(self.head, Resume) else 0
-        ends = [own for own, _ in self._sessions[1:]] + [self.own_steps]
-        pairs = zip(self._sessions, ends, strict=True)
-        return {merged + at - own for (own, merged), end in pairs if own <= at <= end}
-
-    def moments(self) -> list[tuple[int, int, int, int, bytes]]:
-        """Rows of dtype ``MOMENT``; for a part that was read to its end."""
-        rows = []
-        for session, sequence, own, digest in self._anchorable:
-            start, merged = self._sessions[session]
-            rows.append((self.rank, sequence, own, merged + own - start, digest))
-        return rows
-
-    def _read(self, ledger: Ledger) -> Iterator[Event]:
-        """All facts but those of a session that stated no more than what the next one, from the same moment,
-        stated again: other ranks may not have come that far."""
-        held: list[Event] = []
-        session, last = 0, None
-        for last, event in ledger.passing():
-            resumes = isinstance(event, Resume)
-            idle = resumes and bool(held) and held[0] == event
-            session += resumes and not idle
-            if not isinstance(event, Step):
-                self._keep(last, session)
-            if event is None:
-                continue
-            if held and not resumes and _can_be_restated(event):
-                held.append(event)
-                continue
-            if not idle:
-                yield from held
-            held = [event] if resumes else []
-            if not resumes:
-                yield event
-        yield from held
-        if last is not None:
-            self._keep(last, session)
-
-    def _keep(self, walk: Walk, session: int) -> None:
-        digest = self._digest.upto(walk.end).removeprefix(DIGEST_PREFIX)
-        self._anchorable.append((session, walk.sequence, walk.progress.num_steps, bytes.fromhex(digest)))
-
-
-def _can_be_restated(event: Event) -> bool:
-    return isinstance(event, Phase) or (isinstance(event, Thresholds) and event.source != "forget")
-
-
 class _Merging:
     """Passes over all parts side by side and writes what they say together."""
 
     def __init__(self, opened: Sequence[Ledger], writer: LedgerWriter) -> None:
         self._run, self._writer = writer.run, writer
         self._world_size = opened[0].run.world_size
-        self._parts = [_Part(ledger) for ledger in opened]
+        self._parts = [Part(ledger) for ledger in opened]
         self._phase: Phase | None = None
         self._thresholds: NDArray[np.float32] | None = None
         self._out = np.zeros(self._run.num_instances, dtype=np.bool_)
@@ -267,7 +184,7 @@ class _Merging:
         self._writer.append_merge(merge)
         self._writer.close(confirmed=confirmed)
 
-    def _take(self, active: list[_Part]) -> None:
+    def _take(self, active: list[Part]) -> None:
         heads = [part.head for part in active]
         if self._dropping_apart and any(isinstance(head, Drop) for head in heads):
             active = [part for part in active if isinstance(part.head, Drop)]
@@ -312,7 +229,11 @@ class _Merging:
         elif isinstance(event, Drop):
             self._out[event.positions] = True
 
-    def _resume(self, parts: list[_Part]) -> None:
+    def _resume(self, parts: list[Part]) -> None:
+        # A rank may have been killed before it could begin a session in which others did no step.
+        fewest = min(part.resumes_left for part in parts)
+        for part in parts:
+            part.skip_idle(fewest)
         common = set.intersection(*(part.candidates() for part in parts))
         if not common:
             self._contradiction("continue from different moments")
@@ -320,7 +241,7 @@ class _Merging:
         for part in parts:
             part.begin_session(self._writer.num_steps)
 
-    def _step(self, steps: list[Step], active: list[_Part]) -> None:
+    def _step(self, steps: list[Step], active: list[Part]) -> None:
         absent = self._world_size - len(active)
         if len(active) < len(self._parts):
             self._mark_incomplete(self._writer.num_steps)
@@ -366,6 +287,10 @@ class _Merging:
             bounds[step.positions] = 0.0
         else:
             self._filled, times = True, absent
+            # Whoever may have been there more than once is recorded in clip norms, as loaders record it.
+            often = np.full(bounds.size, absent > 1)
+            often[step.positions] = True
+            bounds[often & (bounds > 0)] = phase.max_grad_norm
         bounds *= times
         bounds[step.positions] += step.contributions.astype(np.float64)
         taking = bounds > 0

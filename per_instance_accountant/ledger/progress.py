@@ -44,7 +44,7 @@ class Progress:
     def __init__(self, num_instances: int) -> None:
         self.num_instances = num_instances
         self.num_steps = 0
-        self.num_public_steps = 0
+        self.num_public_steps = self.num_resumes = 0
         self.phases: list[Phase] = []
         self.disclosures: list[Disclosure] = []
         self.abandoned: list[tuple[int, int]] = []
@@ -161,6 +161,7 @@ class Progress:
             )
 
     def _apply_resume(self, event: Resume) -> None:
+        self.num_resumes += 1
         start = event.at_step
         # What was stated after the checkpoint was stated for the branch that is left behind.
         self._phase_stale |= self._phase_at >= start

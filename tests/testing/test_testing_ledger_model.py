@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partialmethod
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from per_instance_accountant.errors import LedgerError
-from per_instance_accountant.ledger import LedgerWriter
+from per_instance_accountant.ledger import LedgerWriter, Resume, merge_parts
+from per_instance_accountant.ledger.parts import Part
 from per_instance_accountant.testing.ledger_model import PackageStore, ledger_machine
 from per_instance_accountant.testing.search import Broken
 
@@ -119,7 +121,7 @@ def test_the_model_holds_for_the_ledger_of_this_package():
     run(store)
     assert min(store.calls[name] for name in ("resumed", "resumed behind", "merged", "single")) > 5
     assert store.calls["steps"] >= 4
-    assert store.calls["refused"] <= 0.1 * store.calls["merged"]
+    assert store.calls["refused"] <= 0.01 * store.calls["merged"]
 
 
 @pytest.mark.parametrize(
@@ -131,10 +133,59 @@ def test_the_model_holds_for_the_ledger_of_this_package():
         (ReadsTheFirstRankOnly, "less is charged"),
         (CountsBranchesTwice, "more is charged"),
         (RoundsDown, "less is charged"),
-        (RefusesToMerge, "a complete history is refused"),
+        (RefusesToMerge, "a history is refused"),
     ],
 )
 def test_a_store_with_a_mistake_is_noticed(store, what):
     # A merge may notice first that the ranks contradict each other.
     with pytest.raises((Broken, LedgerError), match=rf"{what}|ranks|frame"):
         run(store())
+
+
+def crashed_apart(folder):
+    """Three ranks; each crash comes when other ranks have recorded a step. Returns their ledgers."""
+    store = PackageStore()
+    paths = [folder / f"rank{rank}" for rank in range(3)]
+
+    def record(writers):
+        for rank, writer in enumerate(writers):
+            store.step(writer, np.array([rank]), np.array([1.0]))
+
+    def resume(writers, anchors):
+        for writer in writers:
+            store.crash(writer)
+        return [store.resume(path, anchor) for path, anchor in zip(paths, anchors, strict=True)]
+
+    writers = store.create(paths, 6)
+    begin = [writer.anchor for writer in writers]
+    record(writers)
+    record(writers[:1])
+    writers = resume(writers, begin)
+    record(writers[:2])
+    writers = resume(writers, begin)
+    later = [writer.anchor for writer in writers]
+    record(writers[:2])
+    writers = resume(writers, later)
+    record(writers)
+    for writer in writers:
+        store.crash(writer)
+    return paths
+
+
+def test_sessions_in_which_some_ranks_did_no_step_are_told_apart(tmp_path, monkeypatch):
+    paths = crashed_apart(tmp_path)
+    steps, spent = PackageStore().spent(paths)
+    assert steps == 5
+    # Whom a rank drew that did not record the step is unknown, so everybody's charge has it once more.
+    recorded = np.array([5.0, 4.0, 2.0, 0.0, 0.0, 0.0])
+    assert (spent >= recorded).all() and spent[0] >= 5
+    ledger = merge_parts(paths, None)
+    assert [event.at_step for event in ledger.events() if isinstance(event, Resume)] == [0, 0, 3]
+    assert ledger.merge.incomplete == ((1, 4),)
+    monkeypatch.setattr(Part, "skip_idle", partialmethod(_skip_all, Part.skip_idle))
+    assert PackageStore().spent(paths) is None
+
+
+def _skip_all(part, skip_idle, _):
+    """The mistake of a reader that takes every idle session for one that other ranks do not have."""
+    skip_idle(part, 0)
