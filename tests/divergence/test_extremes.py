@@ -39,7 +39,7 @@ def kernel() -> np.ndarray:
 
 def test_never_below_the_truth_at_the_ends_of_the_range(exact_rdp: Callable[..., mp.mpf]) -> None:
     low, high = worst(kernel(), exact_rdp)
-    assert 0 <= low and high <= 1e-9
+    assert low >= 0 and high <= 1e-9
     assert worst(kernel() * (1 - 1e-8), exact_rdp)[0] < 0, "the law sees an error of 1e-8"
 
 
