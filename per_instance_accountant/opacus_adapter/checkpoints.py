@@ -81,15 +81,18 @@ class NoiseSessions:
 
     def __init__(self) -> None:
         self._drawn: set[bytes] = set()
+        self._reached: dict[bytes, float] = {}
+        """Block of a generator's numbers -> position up to which noise of this session has used it."""
         self._first: list[bytes] = []
-        self._began = False
+        self._began, self._block = False, b""
 
     def check(self, optimizer: Any) -> None:
         """Before noise is drawn. Raises GuaranteeError PIA091; nothing was released then."""
-        if not optimizer.noise_multiplier or optimizer.secure_mode or not optimizer.draws_noise():
+        if not _draws(optimizer):
             return
-        digest = _state_digest(optimizer)
-        if digest in self._drawn:
+        state = _random_state(optimizer)
+        digest, (block, position) = _digest(state), _place(state)
+        if digest in self._drawn or position < self._reached.get(block, 0):
             raise GuaranteeError(
                 "PIA091",
                 "the random state is one that noise of this run was drawn from before",
@@ -97,9 +100,19 @@ class NoiseSessions:
                 "torch.seed() once after resuming, no torch.manual_seed(...) in the loop; engine.abandon()",
             )
         self._drawn.add(digest)
+        self._block = block
         if not self._began:
             self._first.append(digest)
         self._began = True
+
+    def drawn(self, optimizer: Any) -> None:
+        """After noise was drawn: what it used is not to be used again, not even a part of it."""
+        if not _draws(optimizer):
+            return
+        block, position = _place(_random_state(optimizer))
+        if block != self._block:
+            self._reached[self._block] = float("inf")
+        self._reached[block] = position
 
     def state(self) -> list[str]:
         """Where every session so far began, for a checkpoint."""
@@ -113,7 +126,11 @@ class NoiseSessions:
         self._began = False
 
 
-def _state_digest(optimizer: DPOptimizer) -> bytes:
+def _draws(optimizer: Any) -> bool:
+    return bool(optimizer.noise_multiplier) and not optimizer.secure_mode and bool(optimizer.draws_noise())
+
+
+def _random_state(optimizer: DPOptimizer) -> bytes:
     device = optimizer.params[0].device
     if optimizer.generator is not None:
         state = optimizer.generator.get_state()
@@ -121,4 +138,31 @@ def _state_digest(optimizer: DPOptimizer) -> bytes:
         state = torch.cuda.get_rng_state(device)
     else:
         state = torch.get_rng_state()
-    return hashlib.blake2b(state.cpu().numpy().tobytes(), digest_size=16).digest()
+    return state.cpu().numpy().tobytes()
+
+
+def _digest(state: bytes) -> bytes:
+    return hashlib.blake2b(state, digest_size=16).digest()
+
+
+MERSENNE, PHILOX = 5056, 16
+"""Sizes of the states of torch's generators for CPU and CUDA."""
+
+
+def _place(state: bytes) -> tuple[bytes, int]:
+    """The block of numbers that the generator is in, and its position there.
+
+    Mersenne twister: seed, words left plus one, position, 624 words. Philox: seed and offset. Of other
+    generators nothing is known but their whole state.
+    """
+    if len(state) == MERSENNE and int.from_bytes(state[8:12], "little") == 1:
+        # Nothing is left, as after a seed: what is drawn next comes from the block that follows.
+        ahead = torch.Generator()
+        ahead.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+        torch.rand(1, generator=ahead)
+        return _digest(ahead.get_state().numpy().tobytes()[24:5016]), 0
+    if len(state) == MERSENNE:
+        return _digest(state[24:5016]), int.from_bytes(state[16:24], "little")
+    if len(state) == PHILOX:
+        return state[:8], int.from_bytes(state[8:], "little")
+    return _digest(state), 0

@@ -119,6 +119,7 @@ class TrackedOptimizer(DPOptimizer):
         self.tracker.sessions.check(self)
         self.tracker.record()
         self.add_noise()
+        self.tracker.sessions.drawn(self)
         self.scale_grad()
         if self.step_hook:
             self.step_hook(self)

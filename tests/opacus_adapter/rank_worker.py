@@ -152,7 +152,7 @@ def private(rank: int, folder: Path, options: dict[str, Any], inner: nn.Module) 
         ),
         criterion=nn.CrossEntropyLoss(reduction=reduction),
         noise_multiplier=options.get("noises", [options.get("noise", 1.0)] * 9)[rank],
-        max_grad_norm=[CLIP / 2] * 4 if options.get("clipping") == "per_layer" else CLIP,
+        max_grad_norm=[CLIP / 2] * 4 if options.get("clipping") == "per_layer" else options.get("clip", CLIP),
         clipping=options.get("clipping", "flat"),
         loss_reduction=reduction,
         grad_sample_mode=options.get("mode", "hooks"),

@@ -17,21 +17,35 @@ from torch.func import functional_call, grad, vmap
 from per_instance_accountant import Ledger, account
 from per_instance_accountant.ledger import Resume, Step, Thresholds
 from tests.opacus_adapter.rank_worker import CLIP, COUNT, RATE, examples, network
+from tests.opacus_adapter.test_adapter_ranks import CASES as RANKS
 from tests.opacus_adapter.test_adapter_ranks import merged, start, steps_of
+from tests.opacus_adapter.test_adapter_ranks import (
+    test_langevin_steps_of_two_ranks_have_the_injected_variance as check_langevin,
+)
 
 pytest.importorskip("opacus.grad_sample.grad_sample_module_fast_gradient_clipping_fsdp")
 
 CASES: dict[str, dict[str, Any]] = {
     "worst case": {"noise": 0.0},
     "tokens": {"noise": 0.0, "network": "tokens"},
+    "unclipped": {"noise": 0.0, "network": "tokens", "epochs": 1, "clip": 50.0},
     "fixed": {"noise": 0.0, "network": "tokens", "rule": "fixed"},
-    "sweep": {"noise": 0.0, "network": "tokens", "rule": "sweep"},
+    "sweep": {"noise": 0.0, "network": "tokens", "rule": "sweep", "clip": 50.0},
     "sum": {"noise": 0.0, "reduction": "sum", "epochs": 1},
     "empty": {"noise": 0.0, "batch_size": 1, "epochs": 1},
-    "dpddp": {"noise": 0.0, "network": "tokens", "wrap": "dpddp", "mode": "ghost", "rule": "sweep"},
+    "dpddp": {
+        "noise": 0.0,
+        "network": "tokens",
+        "wrap": "dpddp",
+        "mode": "ghost",
+        "rule": "sweep",
+        "clip": 50.0,
+    },
     "noisy": {"noise": 1000.0, "network": "tokens", "epochs": 4},
     "noisy sum": {"noise": 1000.0, "epochs": 8, "reduction": "sum"},
     "unamplified": {"rule": "unamplified"},
+    "last seen": {"rule": "last_seen", "epochs": 1},
+    "langevin": RANKS["langevin"],
     "budget": {"rule": "sweep", "budget": 1.5},
     "undivided": {"noise": 0.0, "event": {"step": 0, "what": "undivided"}, "unguarded": True},
     "saved": {"save": 0},
@@ -85,12 +99,16 @@ def errors(name: str, folder: Path, results: list[dict[str, Any]]) -> tuple[floa
     """Largest relative error of a recorded contribution, and of a release against the clipped sum."""
     ledger, weights = merged(folder / name), results[0][name]["weights"]
     assert results[1][name]["weights"] == weights
-    phase, events, thresholds = ledger.phases[0], iter(ledger.events()), np.full(COUNT, CLIP)
+    phase, events, thresholds = (
+        ledger.phases[0],
+        iter(ledger.events()),
+        np.full(COUNT, CASES[name].get("clip", CLIP)),
+    )
     recorded = released = 0.0
     for before, after in itertools.pairwise(weights):
         for event in events:
             if isinstance(event, Thresholds):
-                thresholds = np.minimum(event.values.astype(np.float64), CLIP)
+                thresholds = np.minimum(event.values.astype(np.float64), phase.max_grad_norm)
             if isinstance(event, Step):
                 break
         own = gradients(name, before)[event.positions]
@@ -191,11 +209,16 @@ def test_accounting_of_the_merged_ledger(pair):
         squares[step.positions] += (step.contributions.astype(np.float64) / together.phases[0].noise_std) ** 2
     loss = account(together, orders=[4.0])
     np.testing.assert_allclose(loss.rdp[:, 0], np.minimum(2 * squares, loss.worst_case_rdp), rtol=1e-9)
+    assert account(merged(folder / "last seen")).basis.name == "ESTIMATE"
     assert together.phases[0].grad_sample_mode == "ghost_fsdp"
     assert float(account(merged(folder / "budget")).certified_epsilon(1e-2).max()) <= 1.5
     parts = [Ledger.open(folder / "budget" / "run" / f"rank-{rank}") for rank in range(2)]
     values = [[e.values for e in part.events() if isinstance(e, Thresholds)] for part in parts]
     np.testing.assert_array_equal(values[0], values[1])
+
+
+def test_langevin_steps_have_the_injected_variance(pair):
+    check_langevin(pair)
 
 
 def test_all_ranks_continue_together_from_their_checkpoints(pair):

@@ -485,6 +485,48 @@ def test_a_seed_that_is_set_in_every_step(start, stock):
     assert len(ours.steps) == 1
 
 
+def test_a_part_of_the_noise_of_an_earlier_step(start):
+    """A seed in every step before numbers that dropout uses: the state differs, the noise is shifted."""
+
+    def noise(number):
+        torch.manual_seed(7)
+        torch.rand(16 * number)
+        return torch.normal(0.0, 1.0, (96,))
+
+    assert torch.equal(noise(1)[:64], noise(0)[16:80])
+
+    def shifting(training, shifts):
+        for number, batch in zip(shifts, training.loader, strict=False):
+            torch.manual_seed(7)
+            torch.rand(16 * number)
+            training.step(batch)
+
+    for shifts in ([0, 1], [1, 0]):
+        ours = start()
+        with pytest.raises(GuaranteeError, match="PIA091"):
+            shifting(ours, shifts)
+        assert len(ours.steps) == 1
+
+
+def test_steps_that_share_a_block_of_random_numbers():
+    """So few parameters that the generator gives many steps noise from the same 624 words: no refusal."""
+    examples = torch.utils.data.TensorDataset(torch.randn(20, 2), torch.randn(20, 1))
+    model, engine = torch.nn.Linear(2, 1), PrivacyEngine(accountant="rdp")
+    model, optimizer, loader = engine.make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=torch.utils.data.DataLoader(examples, batch_size=2),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
+    for _ in range(10):
+        for x, y in loader:
+            optimizer.zero_grad()
+            torch.nn.functional.mse_loss(model(x), y).backward()
+            optimizer.step()
+    assert engine.ledger.num_steps == 100
+
+
 def penalised(training):
     x, y = next(iter(training.loader))
     training.optimizer.zero_grad()
