@@ -107,6 +107,7 @@ def position(engine: PrivacyEngine) -> dict[str, Any]:
         "version": 1,
         "anchor": engine.tracker.recorder.writer.anchor.to_dict(),
         "noise": engine.tracker.sessions.state(),
+        "draws": engine.tracker.draws.state(),
         "max_grad_norm": float(engine.tracker.optimizer.max_grad_norm),
         "accountant": dict(accountant),
     }
@@ -130,6 +131,7 @@ def continue_from(engine: PrivacyEngine, saved: Any) -> None:
     engine.accountant.load_state_dict({**saved["accountant"], "history": history})
     engine.tracker.optimizer.continue_from(saved)
     engine.tracker.sessions.resume(saved.get("noise", []))
+    engine.tracker.draws.resume(saved.get("draws", []))
 
 
 def refuse(happened: str, fix: str) -> NoReturn:

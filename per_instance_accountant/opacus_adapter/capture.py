@@ -15,6 +15,7 @@ from per_instance_accountant.errors import AlignmentError, GuaranteeError, Unsup
 from per_instance_accountant.ledger import Ledger
 from per_instance_accountant.opacus_adapter.checkpoints import NoiseSessions
 from per_instance_accountant.opacus_adapter.clipping import clip_factors
+from per_instance_accountant.opacus_adapter.drawing import DrawSessions
 from per_instance_accountant.opacus_adapter.layers import check_statistics, normalising_layers
 from per_instance_accountant.opacus_adapter.loader import Delivery
 from per_instance_accountant.opacus_adapter.recording import Observation, Recorder
@@ -39,6 +40,7 @@ class Tracker:
         self.optimizer, self.module, self.recorder = optimizer, module, recorder
         self.verifier, self._normalising = verifier, normalising_layers(module)
         self.sessions = NoiseSessions()
+        self.draws = DrawSessions(recorder.setting.sampler, recorder.setting.sample_rate)
         self._hook = optimizer.step_hook
         self._check_rate(self._hook)
         self._loops = 0
@@ -52,9 +54,8 @@ class Tracker:
         self._batch: Delivery | None = None
         self._stale: list[Any] = []
         """Batches handed out and not used since the last one that was."""
-        """Content of a batch that was replaced by a later one before it was used."""
         self._forwards = 0
-        self._mechanism: tuple[float, float] | None = None
+        self._mechanism: tuple[float, ...] | None = None
         self._measured: Observation | None = None
         self._pending: list[Observation] = []
 
@@ -75,6 +76,11 @@ class Tracker:
     def batch_is_empty(self) -> bool:
         """Whether the batch in hand has no instances."""
         return self._batch is not None and not len(self._batch.rows)
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch in hand. Raises AlignmentError PIA001, PIA007 when there is none."""
+        return len(self._current().rows)
 
     @property
     def watches_forward(self) -> bool:
@@ -115,8 +121,10 @@ class Tracker:
             _broken("a logical batch is accumulated in part, and its last part was not stepped")
 
     def open_loop(self) -> int:
-        """A loop over the loader begins: its number. Raises AlignmentError PIA002 inside a logical batch."""
+        """A loop over the loader begins: its number. Raises AlignmentError PIA002 inside a logical batch,
+        GuaranteeError PIA091 for draws that were used before."""
         self.check_boundary()
+        self.draws.begin(self._loops + 1)
         self._loops += 1
         return self._loops
 
@@ -207,7 +215,7 @@ class Tracker:
                 "Scaled losses make every gradient look larger than it is, so all would be clipped",
                 "torch.amp.GradScaler(enabled=False)",
             )
-        if self._mechanism is not None and self._mechanism != self._mechanism_now():
+        if self._mechanism is not None and self._mechanism != self.optimizer.mechanism_now:
             raise AlignmentError(
                 "PIA009",
                 "max_grad_norm or noise_multiplier changed inside one logical batch",
@@ -231,9 +239,6 @@ class Tracker:
             "The instances of this release are unknown, or were charged already for another one",
             SAFE_LOOP,
         )
-
-    def _mechanism_now(self) -> tuple[float, float]:
-        return float(self.optimizer.noise_multiplier), float(self.optimizer.max_grad_norm)
 
     def clip(self, norms: NDArray[np.float64]) -> NDArray[np.float32]:
         """Factors for the batch in hand: (B,) float32. The contributions wait for :meth:`accept`.
@@ -268,7 +273,7 @@ class Tracker:
         self.verifier.check(self._current().content, norms)
         self.recorder.compare_loss(rows, norms, first=part.first, last=part.last)
         positions = rows if mapping is None else mapping[rows]
-        mechanism = self._mechanism_now()
+        mechanism = self.optimizer.mechanism_now
         if self._mechanism is None:
             # Again, because noise or clip norm may have changed since the batch was handed out.
             self.recorder.enforce_budgets()
@@ -298,6 +303,7 @@ class Tracker:
         """Write the step, before noise is added. Raises LedgerError, and then nothing may be released."""
         self.recorder.record(self._pending)
         self._pending, self._mechanism = [], None
+        self.draws.use(self._open[0] if self._open else 0)
 
     def released(self) -> None:
         """Noise is in place: one update of the parameters may follow."""
@@ -313,6 +319,10 @@ class Tracker:
                 "call optimizer.step() of the returned optimizer, never optimizer.original_optimizer.step()",
             )
         self._releasing = False
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                if not p.requires_grad:
+                    p.grad = None  # Frozen after the backward pass: no release has it, and it has no noise.
 
     def accept_hook(self, hook: Callable[[DPOptimizer], None]) -> None:
         """Note the first step hook of a hand-built optimizer. Raises AlignmentError PIA004 for a second."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from per_instance_accountant.errors import AlignmentError
+from per_instance_accountant.errors import AlignmentError, UnsupportedError
 
 BLOCK = 256
 """Terms summed in float32 before the sum goes on in float64."""
@@ -99,6 +99,18 @@ def clip_factors(
     factors = np.where(factors > exact, np.nextafter(factors, np.float32(0)), factors)
     contributions = round_up(factors.astype(np.float64) * norms)
     return factors, np.minimum(contributions, round_up(np.asarray(limits)))
+
+
+def check_precision(parameter: torch.Tensor) -> None:
+    """Raise UnsupportedError PIA060 for a parameter whose gradients have coarser rounding than the norms
+    allow for."""
+    if parameter.dtype not in (torch.float32, torch.float64):
+        raise UnsupportedError(
+            "PIA060",
+            "parameters in low precision, where clipping is inexact",
+            "What an instance contributes would not be known exactly",
+            "model.float()",
+        )
 
 
 def check_counts(counts: Sequence[int]) -> None:

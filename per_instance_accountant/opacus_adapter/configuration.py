@@ -27,6 +27,7 @@ from per_instance_accountant.accounting.rules import (
 from per_instance_accountant.errors import GuaranteeError, PiaError, UnsupportedError, UsageError
 from per_instance_accountant.ledger.records import Run
 from per_instance_accountant.opacus_adapter.capture import Tracker
+from per_instance_accountant.opacus_adapter.clipping import check_precision
 from per_instance_accountant.opacus_adapter.layers import check_layers
 from per_instance_accountant.opacus_adapter.optimizers import TRACKED, TrackedOptimizer
 from per_instance_accountant.opacus_adapter.ranks import RankSampler
@@ -83,8 +84,8 @@ def check_optimizer(optimizer: DPOptimizer) -> None:
             "adaptive clipping without an expected batch size, which its count is divided by",
             "AdaClipDPOptimizer(..., expected_batch_size=...)",
         )
-    if any(p.dtype not in (torch.float32, torch.float64) for p in optimizer.params):
-        refuse("parameters in low precision, where clipping is inexact", "model.float()")
+    for p in optimizer.params:
+        check_precision(p)
 
 
 def find_module(optimizer: DPOptimizer) -> Any:
@@ -128,12 +129,14 @@ def check_module(module: Any, optimizer: DPOptimizer) -> torch.nn.Module:
 def check_clipping(
     mode: str, clipping: str, arguments: Mapping[str, Any], charging: ChargingRule | None
 ) -> None:
-    """Raise UnsupportedError PIA060, UsageError PIA071 for a way of clipping that cannot be accounted for."""
+    """Raise UnsupportedError PIA060, PIA101, UsageError PIA071 for a way of clipping that cannot be accounted
+    for."""
     if clipping not in ("flat", "per_layer", "adaptive"):
         refuse(f"clipping={clipping!r}", 'make_private(clipping="flat")')
     if clipping != "flat" and mode.startswith("ghost"):
         refuse(f"clipping={clipping!r} with ghost clipping", 'make_private(grad_sample_mode="hooks")')
     check_rule(clipping, charging)
+    check_criterion(mode, arguments.get("criterion"))
     norms, optimizer = arguments.get("max_grad_norm"), arguments.get("optimizer")
     if clipping == "per_layer" and isinstance(optimizer, torch.optim.Optimizer):
         count = sum(p.requires_grad for group in optimizer.param_groups for p in group["params"])
@@ -145,6 +148,20 @@ def check_clipping(
                 "A layer without a clip norm of its own has no bound",
                 "max_grad_norm=[0.5] * number_of_trainable_parameters, all of them positive",
             )
+
+
+def check_criterion(mode: str, criterion: Any) -> None:
+    """Raise UnsupportedError PIA101 for a mean that is divided by the class weights of the batch."""
+    weighted = isinstance(criterion, (torch.nn.CrossEntropyLoss, torch.nn.NLLLoss))
+    divided = weighted and criterion.weight is not None and criterion.reduction == "mean"
+    # Ghost clipping takes the loss of each instance, and no mean.
+    if divided and not mode.startswith("ghost"):
+        raise UnsupportedError(
+            "PIA101",
+            f"{type(criterion).__name__} with class weights and reduction='mean'",
+            "The mean is over the weights of the whole batch: each instance scales the others' gradients",
+            "loss_reduction='sum' with reduction='sum', or grad_sample_mode='ghost'",
+        )
 
 
 def check_verify(verify: Verify) -> Verify:

@@ -281,7 +281,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         PIA010 for a charging rule that the loader's sampling does not support, UsageError for
         arguments that do not fit.
         """
-        self._check_arguments(arguments)
+        self._check_arguments({"criterion": criterion, **arguments})
         if criterion is not None:
             arguments["criterion"] = criterion
         made = super().make_private(**arguments)
@@ -361,6 +361,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             "version": 1,
             "anchor": self.tracker.recorder.writer.anchor.to_dict(),
             "noise": self.tracker.sessions.state(),
+            "draws": self.tracker.draws.state(),
             "max_grad_norm": float(self.tracker.optimizer.max_grad_norm),
         }
         with plain_mechanism(self.accountant):
@@ -393,4 +394,5 @@ class PrivacyEngine(opacus.PrivacyEngine):
         loaded = super().load_checkpoint(path=buffer, **arguments)
         self.tracker.optimizer.continue_from(checkpoint[CHECKPOINT_KEY])
         self.tracker.sessions.resume(checkpoint[CHECKPOINT_KEY].get("noise", []))
+        self.tracker.draws.resume(checkpoint[CHECKPOINT_KEY].get("draws", []))
         return loaded

@@ -21,7 +21,12 @@ from opacus.optimizers.optimizer import _generate_noise, _mark_as_processed
 
 from per_instance_accountant.errors import AlignmentError
 from per_instance_accountant.opacus_adapter.adaptive import CountQuery
-from per_instance_accountant.opacus_adapter.clipping import check_counts, instance_norms, layer_factors
+from per_instance_accountant.opacus_adapter.clipping import (
+    check_counts,
+    check_precision,
+    instance_norms,
+    layer_factors,
+)
 from per_instance_accountant.opacus_adapter.ghost import ghost_norms
 
 if TYPE_CHECKING:
@@ -54,6 +59,11 @@ class TrackedOptimizer(DPOptimizer):
     def holds_sum(self) -> bool:
         """Whether the clipped sum of a batch is on the parameters."""
         return any(p.summed_grad is not None for p in self.params)
+
+    @property
+    def mechanism_now(self) -> tuple[float, ...]:
+        """The numbers that must not change inside a logical batch."""
+        return float(self.noise_multiplier), float(self.max_grad_norm)
 
     def attach_step_hook(self, fn: Callable[[DPOptimizer], None]) -> None:
         self.tracker.accept_hook(fn)
@@ -103,6 +113,7 @@ class TrackedOptimizer(DPOptimizer):
                     "What the instances contribute through it is unknown, so nothing was added",
                     "let every trainable layer take part, or layer.requires_grad_(False) before make_private",
                 )
+            check_precision(p)
         rows = [self._get_flat_grad_sample(p).to(p.dtype) for p in self.params]
         check_counts([len(gradient) for gradient in rows])
         return rows if self.gradient_scale == 1 else [row * self.gradient_scale for row in rows]
@@ -143,6 +154,9 @@ class TrackedOptimizer(DPOptimizer):
 class TrackedGhostOptimizer(TrackedOptimizer, DPOptimizerFastGradientClipping):
     """A DPOptimizerFastGradientClipping whose steps are written to a ledger before noise is added."""
 
+    _sealed: Sequence[tuple[torch.Tensor, int]] = ()
+    _owned: frozenset[int] | set[int] = frozenset()
+
     def loss_factors(self, module: Any) -> torch.Tensor:
         """(B,) factors for the losses of the batch, between the two backward passes."""
         norms = ghost_norms(module)
@@ -151,9 +165,42 @@ class TrackedGhostOptimizer(TrackedOptimizer, DPOptimizerFastGradientClipping):
     def clip_and_accumulate(self) -> None:
         return None
 
+    def seal(self) -> None:
+        """Remember the clipped sums that the backward pass left, so that a change is noticed."""
+        grads = [p.grad for p in self.params]
+        self._sealed = [(grad, grad._version) for grad in grads if grad is not None]
+
+    def _check_sealed(self) -> None:
+        present = {id(p) for p in self.params}
+        if not present <= self._owned:
+            self._owned = {id(p) for p in self.tracker.module.parameters()}
+        if not present <= self._owned:
+            raise AlignmentError(
+                "PIA003",
+                "the optimizer got a parameter that is not the model's",
+                "Ghost clipping does not measure it, so instances would be released through it unclipped",
+                "make_private with a module and an optimizer that have all parameters",
+            )
+        sealed = {id(grad): version for grad, version in self._sealed}
+        grads = [p.grad for p in self.params]
+        if any(grad is None or sealed.get(id(grad)) != grad._version for grad in grads):
+            raise AlignmentError(
+                "PIA005",
+                "p.grad was changed between the backward pass and optimizer.step()",
+                "It holds the clipped sum in ghost mode: another backward pass adds to it without clipping",
+                "change gradients before criterion(...).backward() or in the loss; engine.abandon()",
+            )
+        self._sealed = []
+
+    def forget(self) -> None:
+        super().forget()
+        self._sealed = []
+
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
         self.tracker.check_loop()
         self.tracker.check_clipped()
+        if not self.tracker.batch_is_empty:
+            self._check_sealed()
         self.accumulate()
         self.tracker.accept()
         return self._release()
@@ -205,6 +252,10 @@ class TrackedAdaptiveOptimizer(TrackedOptimizer, AdaClipDPOptimizer):
     def query(self) -> CountQuery:
         """The two noises of the next release. Raises UsageError PIA070 where the count's is too small."""
         return CountQuery(noise_multiplier=self.noise_multiplier, count_std=self.unclipped_num_std)
+
+    @property
+    def mechanism_now(self) -> tuple[float, ...]:
+        return (*super().mechanism_now, float(self.unclipped_num_std))
 
     def charged(self, contributions: NDArray[np.float32], limits: NDArray[np.float64]) -> NDArray[np.float32]:
         return self.query.charge(contributions, limits, float(self.max_grad_norm))
@@ -282,4 +333,6 @@ def install(optimizer: DPOptimizer, tracker: Tracker) -> None:
     prepare(optimizer)
     optimizer.tracker = tracker
     optimizer.__class__ = TRACKED[type(optimizer)]
+    if isinstance(optimizer, TrackedGhostOptimizer):
+        optimizer._owned = {id(p) for p in optimizer.params}
     optimizer.original_optimizer.register_step_pre_hook(tracker.before_update)

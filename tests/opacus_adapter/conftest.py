@@ -152,13 +152,14 @@ def start() -> Callable[..., Training]:
         seed: int = 1,
         loader: dict[str, Any] | None = None,
         optimizer: Any = None,
+        criterion: Any = None,
         **arguments: Any,
     ) -> Training:
         torch.manual_seed(seed)
         engine = engine or PrivacyEngine(accountant="rdp")
         module, dataset = module or perceptron(), dataset or examples()
         optimizer = optimizer or torch.optim.SGD(module.parameters(), lr=lr)
-        criterion = nn.CrossEntropyLoss(reduction=reduction)
+        criterion = criterion or nn.CrossEntropyLoss(reduction=reduction)
         made = engine.make_private(
             module=module,
             optimizer=optimizer,

@@ -68,6 +68,15 @@ sets the same seed after a restart | repeats the noise of its first steps | PIA0
 sets a seed in every step | the same noise always | PIA091 | stock: a_seed_that_is_set_in_every_step
 adds a penalty to the loss under ghost clipping | its gradient is released once for every instance | PIA060 | stock: a_penalty_in_the_loss_of_ghost_clipping
 sets `expected_batch_size` to the size of the batch | tells that size | PIA092 | stock: a_denominator_that_follows_the_batch
+gives losses of shape (B, 1) to ghost clipping | multiplies every instance by the sum of all clip factors | clipped as (B,) | escapes: losses_of_one_column_with_ghost_clipping
+gives one loss for a batch, or T for a batch of one, to ghost clipping | releases instances above the clip norm | PIA003 | escapes: a_criterion_without_one_loss_for_each_instance
+freezes a layer between backward and step | moves it by its gradient without noise | the layer does not move | escapes: a_layer_frozen_between_backward_and_step
+runs an ordinary backward pass after that of ghost clipping | releases its gradient unclipped | PIA005 | escapes: gradients_changed_after_the_backward_pass
+adds a parameter from outside of the model to the optimizer | ghost: releases it unclipped | PIA003 | escapes: a_parameter_that_the_model_does_not_have
+calls model.half() or bfloat16() after make_private | clipped gradients exceed the clip norm | PIA060 | escapes: low_precision_after_wrapping
+seeds the loader's generator again, in an epoch or after a restart | draws the same instances, counts fresh sampling | PIA091 | escapes: a_loader_that_is_seeded_in_every_epoch
+changes the noise of adaptive clipping's count inside a logical batch | silent | PIA009 | escapes: the_noise_of_the_count_inside_a_logical_batch
+gives a weighted mean as criterion | instances scale each other's gradients | PIA101; in the loop alone PIA090 with `verify=` | escapes: losses_that_are_divided_by_something_of_the_batch
 uses Embedding(max_norm=...) or scale_grad_by_freq | weights change without noise | PIA060 | stock: embeddings_that_change_their_weights
 is killed and resumed, twice | forgets the steps after the checkpoint | they stay charged | checkpoint: killed_processes_resume_twice_from_one_checkpoint
 loads a checkpoint that its ledger is behind of | silent | PIA040 names the steps | checkpoint: an_error_names_the_steps_that_the_ledger_lacks
