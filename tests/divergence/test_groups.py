@@ -118,6 +118,20 @@ def test_high_orders_of_both_directions_cost_no_more_than_one_instance_of_all() 
             assert a < 32 or bound < groups._joint_convexity(q, np.array(sizes), np.array([a]))[0]
 
 
+def test_parallel_members_are_exact_at_whole_orders() -> None:
+    cases = [(0.01, [0.5, 0.5]), (0.1, [0.3, 0.2, 0.9]), (0.4, [1.0, 2.0]), (0.02, [0.25] * 8)]
+    for q, sizes in cases:
+        for a in (2.0, 8.0, 32.0, 64.0):
+            truth = _aligned(q, sizes, a)
+            removal = group_gaussian_rdp_removal(q, sizes, a)[0]
+            assert truth[0] * (1 - 1e-9) <= removal <= truth[0] * (1 + 1e-9) + 1e-11
+            if a >= 32:
+                assert group_gaussian_rdp(q, sizes, a)[0] <= max(
+                    truth[0] * (1 + 1e-8), -len(sizes) * math.log1p(-q)
+                ) * (1 + 1e-9)
+    assert group_gaussian_rdp(0.01, [0.5, 0.5], 32.0)[0] == pytest.approx(6.49, abs=0.05)
+
+
 def test_law_catches_a_bound_that_leaves_a_member_out() -> None:
     """Without || with approaches -f log(1 - q) at high orders; one member fewer lies below it."""
     backward = _aligned(0.2, [1.0, 1.0, 1.0], 64.0)[1]
