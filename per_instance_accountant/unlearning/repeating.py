@@ -8,12 +8,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from per_instance_accountant.errors import PlanError
 from per_instance_accountant.ledger import Ledger
 from per_instance_accountant.unlearning.bounds.interface import MAX_STEPS
-from per_instance_accountant.unlearning.execution import unplanned_since
+from per_instance_accountant.unlearning.execution import read_execution, unplanned_since
 from per_instance_accountant.unlearning.mechanism import Mechanism
 from per_instance_accountant.unlearning.plan_file import UnlearningPlan
 from per_instance_accountant.unlearning.planner import plan, stated_assumptions
@@ -64,12 +65,23 @@ def request_status(made: UnlearningPlan, ledger: Ledger) -> str:
     if not ledger.holds(made.anchor):
         return "stale"
     taken = ledger.num_steps - made.anchor.steps
-    ours = any(phase.plan_digest == made.digest for phase in ledger.phases)
+    ours = any(phase.plan_digest == made.digest for phase in ledger.phases) or _forgotten_at_once(
+        made, ledger
+    )
     if not ours and (taken or unplanned_since(ledger, made.anchor.sequence)):
         return "stale"
-    if taken == 0:
+    if not ours:
         return "planned"
     return "carried out" if taken >= (made.steps or 0) else "started"
+
+
+def _forgotten_at_once(made: UnlearningPlan, ledger: Ledger) -> bool:
+    """Whether a plan of no steps was carried out: the request stands in the ledger where it was planned."""
+    if made.steps != 0:
+        return False
+    wanted = np.sort(ledger.positions_of(list(made.ids)))
+    run = read_execution(ledger, first=made.anchor.steps, steps=0, plan_digest=made.digest)
+    return any(np.array_equal(np.sort(request), wanted) for request in run.requests)
 
 
 def _saved_first(made: UnlearningPlan, file: Path) -> bool:

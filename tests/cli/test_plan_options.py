@@ -124,6 +124,8 @@ def test_a_request_that_arrives_again_has_the_same_plan_through_its_life(pia: Pi
         ("1017,1003", ("--max-steps", 9999), "r-1"),
         ("1017,1003", ("--charging", "worst-case"), "r-1"),
         ("1017,1003", ("--projection-radius", 0.5), "r-1"),
+        ("1017,1003", ("--learning-rate", 0.05), "r-1"),
+        ("1017,1003", ("--noise-multiplier", 9), "r-1"),
         ("1017,1003", (), "r-2"),
     ],
 )
@@ -136,6 +138,18 @@ def test_one_request_id_has_one_content(
     done = once(pia, runs, ids, *more, request=request_id)
     assert (done.code, done.out) == (2, "") and "PIA085" in done.err and "1017" not in done.err
     assert path.read_bytes() == written
+
+
+def test_a_request_that_needs_no_step_is_carried_out_when_it_is_recorded(pia: Pia, runs: Path) -> None:
+    """The runner states whom the model forgot and no mechanism, because there is none."""
+    more = ("--target-epsilon", 1000)
+    assert json.loads(once(pia, runs, "1017,1003", *more).out)["steps"] == 0
+    ledger = Ledger.open(runs)
+    thresholds = np.full(ledger.num_instances, PHASE.max_grad_norm, np.float32)
+    thresholds[ledger.positions_of([1017, 1003])] = 0
+    with LedgerWriter.resume(runs) as writer:
+        writer.append(Thresholds(values=thresholds, source="forget"))
+    assert json.loads(once(pia, runs, "1017,1003", *more).out)["status"] == "carried out"
 
 
 def test_a_request_planned_before_more_training_is_stale(pia: Pia, runs: Path) -> None:
