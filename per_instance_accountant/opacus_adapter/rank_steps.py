@@ -11,6 +11,7 @@ import torch
 from opacus.data_loader import DPDataLoader
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel as DPDDP
 from opacus.optimizers import DPOptimizer
+from opacus.optimizers.ddp_perlayeroptimizer import SimpleDistributedPerLayerOptimizer
 from opacus.optimizers.ddpoptimizer import DistributedDPOptimizer
 from opacus.optimizers.ddpoptimizer_fast_gradient_clipping import DistributedDPOptimizerFastGradientClipping
 from opacus.utils.uniform_sampler import DistributedUniformWithReplacementSampler
@@ -22,7 +23,12 @@ from per_instance_accountant.errors import AlignmentError, UnsupportedError
 from per_instance_accountant.ledger import LedgerWriter, Run
 from per_instance_accountant.opacus_adapter import configuration as check
 from per_instance_accountant.opacus_adapter.loader import with_sampler
-from per_instance_accountant.opacus_adapter.optimizers import TRACKED, TrackedGhostOptimizer, TrackedOptimizer
+from per_instance_accountant.opacus_adapter.optimizers import (
+    TRACKED,
+    TrackedGhostOptimizer,
+    TrackedOptimizer,
+    TrackedPerLayerOptimizer,
+)
 from per_instance_accountant.opacus_adapter.ranks import (
     SHARDED,
     Ranks,
@@ -104,8 +110,15 @@ class TrackedDistributedGhostOptimizer(GhostRankStep, DistributedDPOptimizerFast
     """The same for ghost clipping."""
 
 
+class TrackedDistributedPerLayerOptimizer(
+    RankStep, TrackedPerLayerOptimizer, SimpleDistributedPerLayerOptimizer
+):
+    """The same for clipping of every parameter on its own."""
+
+
 DISTRIBUTED: dict[type[DPOptimizer], type[RankStep]] = {
     DistributedDPOptimizer: TrackedDistributedOptimizer,
+    SimpleDistributedPerLayerOptimizer: TrackedDistributedPerLayerOptimizer,
     DistributedDPOptimizerFastGradientClipping: TrackedDistributedGhostOptimizer,
 }
 TRACKED.update(DISTRIBUTED)
@@ -158,6 +171,7 @@ def agree_on_run(ranks: Ranks, recorder: Recorder) -> None:
     facts = {
         "mechanism": (recorder.run.num_instances, recorder.mechanism()),
         "charging rule": rule_facts,
+        "clip norms of the layers": getattr(recorder.optimizer, "max_grad_norms", None),
         "thresholds": thresholds,
         **budget,
     }

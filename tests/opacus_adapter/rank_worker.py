@@ -131,6 +131,12 @@ def flat(module: nn.Module) -> list[float]:
     return torch.cat([p.detach().flatten() for p in whole]).tolist()
 
 
+def clip_norm(rank: int, options: dict[str, Any]) -> Any:
+    if options.get("clipping") == "per_layer":
+        return options.get("layers", [[CLIP / 2] * 4] * 9)[rank]
+    return options.get("clip", CLIP)
+
+
 def private(rank: int, folder: Path, options: dict[str, Any], inner: nn.Module) -> tuple[Any, ...]:
     """(engine, model, optimizer, criterion, loader)"""
     model = WRAPPERS[options.get("wrap", "dpddp")](inner)
@@ -152,7 +158,7 @@ def private(rank: int, folder: Path, options: dict[str, Any], inner: nn.Module) 
         ),
         criterion=nn.CrossEntropyLoss(reduction=reduction),
         noise_multiplier=options.get("noises", [options.get("noise", 1.0)] * 9)[rank],
-        max_grad_norm=[CLIP / 2] * 4 if options.get("clipping") == "per_layer" else options.get("clip", CLIP),
+        max_grad_norm=clip_norm(rank, options),
         clipping=options.get("clipping", "flat"),
         loss_reduction=reduction,
         grad_sample_mode=options.get("mode", "hooks"),
