@@ -10,12 +10,14 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks import Figure, report
-from benchmarks.evidence.algorithms import compared
+from benchmarks.evidence.algorithms import RATES, compared, tuned
 from benchmarks.evidence.cases import BUNDLED, own
-from benchmarks.evidence.writing import Plot, options, write
+from benchmarks.evidence.losses import ledger_losses
+from benchmarks.evidence.writing import Plot, keep, options, write
 
 
 def main() -> None:
@@ -29,16 +31,23 @@ def main() -> None:
     figures: dict[str, Figure] = {}
     tables: dict[str, Any] = {}
     plots: list[Plot] = []
-    probes, seeds = (12, range(3)) if chosen.quick else (24, range(6))
     for case in cases:
+        losses = ledger_losses(case, case.noisy, range(1 if chosen.quick else 4))[0].mean(0)
+        fourth = np.argsort(losses, kind="stable")[-2 * len(losses) // 5 : -len(losses) // 5]
+        some = fourth[:: max(1, len(fourth) // (4 if chosen.quick else 8))]
+        rates = tuned(case, some, range(100, 103), (1.0, 0.1) if chosen.quick else RATES)
+        tables[f"{case.name}_rates"] = rates
         for hardest in (False, True):
-            found, table = compared(case, probes, seeds, hardest)
+            probes, seeds = (36, range(10)) if hardest else (24, range(6))
+            probes, seeds = (12, range(3)) if chosen.quick else (probes, seeds)
+            found, table = compared(case, losses, rates, probes, seeds, hardest)
             name = f"{case.name}_{'hardest' if hardest else 'all'}"
             figures, tables[name] = figures | found, table
             series = {
                 method: (list(range(len(row))), [value[0] for value in row.values()])
                 for method, row in table["factors"].items()
             }
+            keep(chosen.output, case.name, figures, tables)
             plots.append((f"{name}: factors against steps", "line", series, "factor", "rank correlation"))
     figures["wall_s"] = Figure(value=time.perf_counter() - start, target=60.0 if chosen.quick else None)
     figures["cpu_s"] = Figure(value=time.process_time(), target=900.0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from benchmarks import Figure, report
 from benchmarks.evidence import groups, theory
 from benchmarks.evidence.cases import BUNDLED, Case, images, own, with_noise
-from benchmarks.evidence.losses import ledger_losses
+from benchmarks.evidence.losses import COARSE, ledger_losses
 from benchmarks.evidence.prediction import (
     Probed,
     against_scores,
@@ -28,26 +29,27 @@ from benchmarks.evidence.prediction import (
     scored,
     spread_over,
 )
-from benchmarks.evidence.writing import Plot, options, write
+from benchmarks.evidence.writing import Plot, keep, options, write
+from per_instance_accountant import Unamplified
 
 Part = tuple[dict[str, Figure], dict[str, Any], list[Plot]]
 
 
 def sizes(quick: bool) -> dict[str, int]:
     if quick:
-        return {"probes": 12, "seeds": 4, "ledgers": 1, "subsets": 0, "groups": 16, "draws": 50}
-    return {"probes": 40, "seeds": 10, "ledgers": 2, "subsets": 120, "groups": 24, "draws": 200}
+        return {"probes": 12, "seeds": 4, "ledgers": 2, "subsets": 0, "groups": 16, "draws": 50}
+    return {"probes": 40, "seeds": 10, "ledgers": 10, "subsets": 120, "groups": 24, "draws": 200}
 
 
-def per_instance(case: Case, quick: bool, device: str) -> Part:
+def per_instance(case: Case, chosen: Any) -> Part:
     """Everything about single instances of one data set, and its groups."""
-    size = sizes(quick)
+    quick, size = chosen.quick, sizes(chosen.quick)
     seeds = range(size["seeds"])
     recorded, basis = ledger_losses(case, case.noisy, range(size["ledgers"]))
     losses = recorded.mean(0)
     probes = spread_over(losses, size["probes"])
     scores, _ = scored(case, case.noisy, seeds, size["subsets"])
-    settings = {"sgld": (case.noisy, None), "sgld_sgd": (case.noisy, case.silent), "sgd": (case.silent, None)}
+    settings = {"sgld": (case.noisy, None), "sgd": (case.silent, None), "sgld_sgd": (case.noisy, case.silent)}
     figures: dict[str, Figure] = {}
     tables: dict[str, Any] = {
         "basis": basis,
@@ -58,12 +60,12 @@ def per_instance(case: Case, quick: bool, device: str) -> Part:
         found = probe(
             case,
             f"{case.name}_{name}",
-            losses,
+            recorded,
             training,
             tuned,
             probes=probes,
             seeds=seeds,
-            device=device,
+            device=chosen.device,
         )
         figures |= figures_of(found, target=not quick)
         compared, tables[f"{name}_scores"] = against_scores(found, losses, scores, size["draws"])
@@ -71,6 +73,9 @@ def per_instance(case: Case, quick: bool, device: str) -> Part:
         points[name] = (found.losses.tolist(), found.steps.settled.tolist())
         if name == "sgd":
             figures |= from_silent_run(case, found, seeds)
+        if not quick:
+            figures |= by_other_rules(case, found)
+        keep(chosen.output, case.name, figures, tables)
     plots: list[Plot] = [
         (f"{case.name}: steps to the oracle by privacy loss", "points", points, "nats, order 2", "steps")
     ]
@@ -84,6 +89,17 @@ def from_silent_run(case: Case, found: Probed, seeds: range) -> dict[str, Figure
     rho = found.correlation(hypothetical.mean(0)[found.probes])
     key = f"{found.name}_rho_hypothetical_loss_steps"
     return {key: Figure(value=rho.value), f"{key}_low": Figure(value=rho.low)}
+
+
+def by_other_rules(case: Case, found: Probed) -> dict[str, Figure]:
+    """Sensitivity to the charging rule: two runs each with a coarse sweep and without amplification."""
+    figures: dict[str, Figure] = {}
+    for name, rule in (("coarse", COARSE), ("unamplified", Unamplified())):
+        recorded = ledger_losses(case, case.noisy, range(2), rule)[0][:, found.probes]
+        rho = replace(found, recorded=recorded).predicted(draws=200)
+        key = f"{found.name}_rho_{name}_loss_steps"
+        figures |= {key: Figure(value=rho.value), f"{key}_low": Figure(value=rho.low)}
+    return figures
 
 
 def by_group(case: Case, losses: Any, size: dict[str, int], quick: bool) -> Part:
@@ -114,10 +130,11 @@ def noise_levels(case: Case, seeds: range) -> Part:
     figures: dict[str, Figure] = {}
     for factor in (0.5, 2.0):
         setting = with_noise(case.noisy, factor * case.noisy.noise_std)
-        losses = ledger_losses(case, setting, range(1))[0][0]
+        recorded = ledger_losses(case, setting, range(4))[0]
         key = f"{case.name}_noise_{setting.noise_std:g}"
-        found = probe(case, key, losses, setting, None, probes=spread_over(losses, 30), seeds=seeds)
-        rho = found.correlation(found.losses)
+        probes = spread_over(recorded.mean(0), 30)
+        found = probe(case, key, recorded, setting, None, probes=probes, seeds=seeds)
+        rho = found.predicted()
         figures[f"{key}_rho_loss_steps"] = Figure(value=rho.value)
         figures[f"{key}_rho_loss_steps_low"] = Figure(value=rho.low)
         figures[f"{key}_rho_loss_steps_high"] = Figure(value=rho.high)
@@ -149,26 +166,28 @@ def theory_part(quick: bool) -> Part:
 def run_part(name: str, chosen: Any) -> tuple[Part, float]:
     """One part in a process of its own, on one thread, with the CPU seconds it took."""
     torch.set_num_threads(1)
+    begun = time.process_time()
     if name == "theory":
         part = theory_part(chosen.quick)
     elif name == "noise":
-        part = noise_levels(BUNDLED["wine"](), range(12))
+        parts = [noise_levels(BUNDLED[case](), range(8)) for case in ("wine", "digits")]
+        part = (parts[0][0] | parts[1][0], {}, [])
     elif name == "images":
         part = single(images(), range(3), chosen.device)
     elif name == "own":
         case = own(chosen.data, chosen.model, chosen.count, chosen.count, chosen.noise_std, chosen.steps)
-        part = per_instance(case, chosen.quick, chosen.device)
+        part = per_instance(case, chosen)
     else:
-        part = per_instance(BUNDLED[name](), chosen.quick, chosen.device)
-    return part, time.process_time()
+        part = per_instance(BUNDLED[name](), chosen)
+    keep(chosen.output, name, part[0], part[1])
+    return part, time.process_time() - begun
 
 
 def single(case: Case, seeds: range, device: str) -> Part:
     """Loss and steps of a few instances only: that the path runs."""
-    losses = ledger_losses(case, case.noisy, range(1))[0][0]
-    found = probe(
-        case, case.name, losses, case.noisy, None, probes=spread_over(losses, 5), seeds=seeds, device=device
-    )
+    recorded = ledger_losses(case, case.noisy, range(1))[0]
+    probes = spread_over(recorded[0], 5)
+    found = probe(case, case.name, recorded, case.noisy, None, probes=probes, seeds=seeds, device=device)
     gap = float(np.abs(found.steps.gap[:, 0]).max())
     return {f"{case.name}_largest_gap_before": Figure(value=gap)}, {}, []
 
@@ -178,7 +197,7 @@ def main() -> None:
     start = time.perf_counter()
     names = ["own"] if chosen.data else ["wine", "theory"]
     if not chosen.quick and not chosen.data:
-        names = ["digits", "breast_cancer", "wine", "theory", "noise", "images"]
+        names = ["digits", "diabetes", "breast_cancer", "wine", "noise", "theory", "images"]
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         done = [job.result() for job in [pool.submit(run_part, name, chosen) for name in names]]
     figures: dict[str, Figure] = {}
@@ -187,6 +206,7 @@ def main() -> None:
     for name, ((part, table, drawn), _) in zip(names, done, strict=True):
         figures, plots = figures | part, plots + drawn
         tables[name] = table
+    figures["cpu_s"] = Figure(value=sum(cpu for _, cpu in done), target=None if chosen.quick else 900.0)
     figures["wall_s"] = Figure(value=time.perf_counter() - start, target=60.0 if chosen.quick else None)
     if chosen.output:
         write(chosen.output, "reproduce_per_instance", figures, tables, plots)

@@ -11,6 +11,7 @@ fine-tuning.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,10 +21,10 @@ from numpy.typing import NDArray
 
 from benchmarks import Figure
 from benchmarks.evidence.cases import Case
-from benchmarks.evidence.losses import ledger_losses
 from benchmarks.evidence.prediction import resolved_tolerance, spread_over
+from per_instance_accountant.errors import GuaranteeError
 from per_instance_accountant.evaluation import difficulty
-from per_instance_accountant.evaluation.measures import rank_correlation, steps_to_oracle
+from per_instance_accountant.evaluation.measures import StepsToOracle, rank_correlation, steps_to_oracle
 from per_instance_accountant.evaluation.oracle import Course, unlearning_course
 from per_instance_accountant.evaluation.oracle.course import spread
 from per_instance_accountant.evaluation.outcomes import accuracies, margins
@@ -42,14 +43,17 @@ from per_instance_accountant.finetuning.methods import (
 )
 
 Reals = NDArray[np.float64]
-LOOKS = (0, 1, 2, 3, 5, 7, 10, 14, 20, 28, 40, 56, 80)
+LOOKS = (0, 1, 2, 3, 5, 7, 10, 14, 20, 28, 40, 56, 80, 112, 160)
+NAMES = ("fine_tune", "gradient_ascent", "neg_grad_plus", "random_relabel", "salun", "scrub")
+RATES = (2.0, 1.0, 0.3, 0.1, 0.03)
+DAMAGE = 0.01
 FLOOR = 0.5
 """An algorithm has a floor where more than this share of the instances reaches the oracle within two
 steps."""
 
 
-def methods(case: Case) -> dict[str, Method]:
-    """One setting each, not tuned per data set."""
+def methods(case: Case, rates: Mapping[str, float]) -> dict[str, Method]:
+    """Learning rates in units of the training's; nothing else is tuned."""
     usual = Schedule(
         steps=LOOKS[-1],
         learning_rate=case.noisy.learning_rate,
@@ -57,58 +61,89 @@ def methods(case: Case) -> dict[str, Method]:
         weight_decay=case.noisy.weight_decay,
         batch_size=max(1, round(case.noisy.denominator)),
     )
-    gentle = replace(usual, learning_rate=usual.learning_rate / 10)
+    at = {name: replace(usual, learning_rate=usual.learning_rate * rates[name]) for name in NAMES}
     return {
-        "fine_tune": FineTune(schedule=usual),
-        "gradient_ascent": GradientAscent(schedule=replace(gentle, weight_decay=0.0)),
-        "neg_grad_plus": NegGradPlus(schedule=usual, retain_weight=0.95),
-        "random_relabel": RandomRelabel(schedule=gentle),
-        "salun": SalUn(schedule=gentle, keep=0.5),
-        "scrub": Scrub(schedule=gentle, rounds=8, retain_steps=9),
+        "fine_tune": FineTune(schedule=at["fine_tune"]),
+        "gradient_ascent": GradientAscent(schedule=replace(at["gradient_ascent"], weight_decay=0.0)),
+        "neg_grad_plus": NegGradPlus(schedule=at["neg_grad_plus"], retain_weight=0.95),
+        "random_relabel": RandomRelabel(schedule=at["random_relabel"]),
+        "salun": SalUn(schedule=at["salun"], keep=0.5),
+        "scrub": Scrub(schedule=at["scrub"], rounds=LOOKS[-1] // 10, retain_steps=9),
     }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Outcome:
-    """unlearned: (R, S, t) margins; shift, damage: (R,)."""
+    """unlearned, oracle: (R, S, t) margins; shift, damage: (R,)."""
 
     unlearned: Reals
+    oracle: Reals
     shift: Reals
     damage: Reals
 
+    def reached(self, tolerance: float) -> StepsToOracle:
+        return steps_to_oracle(self.unlearned, self.oracle, LOOKS, tolerance)
 
-def members(case: Case, course: Course, seeds: int) -> tuple[Ensemble, Instances, Instances]:
-    """R * S base models with what each forgets and retains."""
-    count = len(case.train)
-    rows = np.repeat(course.requests, seeds, axis=0)
-    kept = np.stack([np.setdiff1d(np.arange(count), row) for row in rows])
+    def redrawn(self, generator: np.random.Generator, tolerance: float) -> Reals:
+        """First steps again, from seeds drawn with replacement."""
+        rows = generator.integers(0, self.oracle.shape[1], self.oracle.shape[1])
+        again = steps_to_oracle(self.unlearned[:, rows], self.oracle[:, rows], LOOKS, tolerance)
+        return again.first.astype(np.float64)
+
+
+def members(case: Case, course: Course, seeds: range) -> tuple[Ensemble, Instances, Instances]:
+    """R * S base models with what each forgets (with the same wrong label for every algorithm) and retains:
+    all instances in their order, the last in the place of the forgotten one, so that one draw of positions
+    gives the same batch for every request."""
+    count, chosen = len(case.train), course.requests[:, 0]
+    kept = np.tile(np.arange(count - 1), (len(chosen), 1))
+    inner = np.flatnonzero(chosen < count - 1)
+    kept[inner, chosen[inner]] = count - 1
 
     def at(positions: NDArray[np.int64]) -> Instances:
-        index = torch.from_numpy(positions)
+        index = torch.from_numpy(np.repeat(positions, len(seeds), axis=0))
         return Instances(inputs=case.train.inputs[index], labels=case.train.labels[index])
 
-    repeats = len(course.requests)
+    forget = at(course.requests)
+    classes = int(case.train.labels.max()) + 1
+    turns = np.random.default_rng(7).integers(1, classes, forget.labels.shape)
+    targets = (forget.labels + torch.from_numpy(turns)) % classes
     parameters = {
-        name: value.repeat((repeats,) + (1,) * (value.ndim - 1))
+        name: value.repeat((len(chosen),) + (1,) * (value.ndim - 1))
         for name, value in course.base.parameters.items()
     }
-    return course.base.with_parameters(parameters), at(rows), at(kept)
+    return course.base.with_parameters(parameters), replace(forget, targets=targets), at(kept)
 
 
-def outcome(case: Case, course: Course, method: Method, seeds: int) -> Outcome:
-    models, forget, retain = members(case, course, seeds)
-    seen: dict[int, Reals] = {}
+def followed(
+    method: Method, models: Ensemble, forget: Instances, retain: Instances, seeds: list[int]
+) -> tuple[Reals, Ensemble]:
+    """(members, t) margins at the looks, and the models at the end."""
+    seen: dict[int, Reals] = {0: margins(models, forget)[:, 0]}
 
     def watch(step: int, now: Ensemble) -> None:
         if step in LOOKS:
             seen[step] = margins(now, forget)[:, 0]
 
-    done = unlearn_ensemble(
-        method, models, forget, retain, seeds=list(range(models.size)), watch=watch
-    ).models
+    done = unlearn_ensemble(method, models, forget, retain, seeds=seeds, watch=watch).models
     final = margins(done, forget)[:, 0]
-    shape = (len(course.requests), seeds)
-    unlearned = np.stack([seen.get(step, final).reshape(shape) for step in LOOKS], 2)
+    return np.stack([seen.get(step, final) for step in LOOKS], 1), done
+
+
+def outcome(case: Case, course: Course, method: Method, seeds: range) -> Outcome:
+    """One algorithm beside its reference: the retrained models, fine-tuned at the same rate on the
+    same draws, so that what the batches do cancels. Gradient ascent sees no other instance: its reference
+    stays where it is. The ascents of SCRUB draw nothing, so its batches are shifted against those of
+    its reference."""
+    models, forget, retain = members(case, course, seeds)
+    draws = [1_000 + seed for seed in seeds] * len(course.requests)
+    unlearned, done = followed(method, models, forget, retain, draws)
+    retrained = course.kept[1][0]
+    if isinstance(method, GradientAscent):
+        oracle = np.repeat(margins(retrained, forget)[:, :1], len(LOOKS), axis=1)
+    else:
+        oracle, _ = followed(FineTune(schedule=method.schedule), retrained, forget, retain, draws)
+    shape = (len(course.requests), len(seeds))
     moved = [
         (done.parameters[name] - value).flatten(1).square().sum(1)
         for name, value in models.parameters.items()
@@ -116,10 +151,36 @@ def outcome(case: Case, course: Course, method: Method, seeds: int) -> Outcome:
     before = accuracies(models, spread(case.test, models.size))
     after = accuracies(done, spread(case.test, models.size))
     return Outcome(
-        unlearned=unlearned,
+        unlearned=unlearned.reshape(*shape, -1),
+        oracle=oracle.reshape(*shape, -1),
         shift=torch.stack(moved).sum(0).sqrt().double().numpy().reshape(shape).mean(1),
         damage=(before - after).reshape(shape).mean(1),
     )
+
+
+def started(case: Case, chosen: NDArray[np.int64], seeds: range) -> Course:
+    requests = chosen[:, None].tolist()
+    return unlearning_course(case.start(seeds), case.train, requests, case.silent, seeds=seeds, at=[0])
+
+
+def tuned(
+    case: Case, chosen: NDArray[np.int64], seeds: range, grid: Sequence[float] = RATES
+) -> dict[str, float]:
+    """The same rule for every algorithm: of the ``grid`` the rate with the smallest mean distance of margins
+    from the reference, over all looks, among those that cost at most ``DAMAGE`` of test accuracy and do not
+    diverge; the smallest rate if there is none. On instances and seeds that are not compared."""
+    course = started(case, chosen, seeds)
+    best = dict.fromkeys(NAMES, (np.inf, min(grid)))
+    for rate in grid:
+        for name, method in methods(case, dict.fromkeys(NAMES, rate)).items():
+            try:
+                found = outcome(case, course, method, seeds)
+            except GuaranteeError:
+                continue
+            apart = float(np.abs((found.unlearned - found.oracle).mean(1)).mean())
+            if found.damage.mean() <= DAMAGE and apart < best[name][0]:
+                best[name] = (apart, rate)
+    return {name: rate for name, (_, rate) in best.items()}
 
 
 def factors(case: Case, course: Course, seeds: range, losses: Reals) -> dict[str, Reals]:
@@ -138,29 +199,18 @@ def factors(case: Case, course: Course, seeds: range, losses: Reals) -> dict[str
 
 
 def compared(
-    case: Case, probes: int, seeds: range, hardest: bool
+    case: Case, losses: Reals, rates: Mapping[str, float], probes: int, seeds: range, hardest: bool
 ) -> tuple[dict[str, Figure], dict[str, Any]]:
     """All algorithms on one data set: cross-algorithm agreement, factors, floors. hardest: probes from
     the hardest fifth of the loss only, since most others start within the tolerance and agree by
     ties."""
-    losses = ledger_losses(case, case.noisy, range(1))[0][0]
-    eligible = np.argsort(losses, kind="stable")[-len(losses) // 5 :] if hardest else np.arange(len(losses))
-    chosen = eligible[spread_over(losses[eligible], probes)]
+    order = np.argsort(losses, kind="stable")
+    eligible = order[-len(order) // 5 :] if hardest else order
     prefix = f"{case.name}_{'hardest' if hardest else 'all'}"
-    course = unlearning_course(
-        case.start(seeds),
-        case.train,
-        chosen[:, None].tolist(),
-        case.silent,
-        seeds=seeds,
-        at=LOOKS,
-    )
-    found = {name: outcome(case, course, method, len(seeds)) for name, method in methods(case).items()}
-    oracle = course.oracle[..., 0]
-    tolerance = resolved_tolerance(found["fine_tune"].unlearned, oracle)
-    reached = {
-        name: steps_to_oracle(one.unlearned, oracle, course.at, tolerance) for name, one in found.items()
-    }
+    course = started(case, eligible[spread_over(losses[eligible], probes)], seeds)
+    found = {name: outcome(case, course, method, seeds) for name, method in methods(case, rates).items()}
+    tolerance = resolved_tolerance(found["fine_tune"].unlearned, found["fine_tune"].oracle)
+    reached = {name: one.reached(tolerance) for name, one in found.items()}
     steps = {name: one.first.astype(np.float64) for name, one in reached.items()}
     gaps = {name: np.abs(one.gap[:, -1]) for name, one in reached.items()}
     figures = {f"{prefix}_tolerance": Figure(value=tolerance)}
@@ -174,10 +224,18 @@ def compared(
     ranked = [name for name, one in steps.items() if np.unique(one).size > 2]
     for place, name in enumerate(ranked):
         for other in ranked[place + 1 :]:
-            rho = rank_correlation(steps[name], steps[other], draws=300)
+            rho = rank_correlation(
+                steps[name],
+                steps[other],
+                redraw=lambda generator, one=found[other]: one.redrawn(generator, tolerance),
+                redraw_first=lambda generator, one=found[name]: one.redrawn(generator, tolerance),
+                draws=300,
+            )
             free = max(floors[name], floors[other]) <= FLOOR
             key = f"{prefix}_agreement_{name}_{other}"
             figures[key] = Figure(value=rho.value, target=0.7 if free else None, at_least=True)
+            figures[f"{key}_low"] = Figure(value=rho.low)
+            figures[f"{key}_high"] = Figure(value=rho.high)
             tables["agreement"][f"{name} {other}"] = [rho.value, rho.low, rho.high]
             final = rank_correlation(gaps[name], gaps[other], draws=300)
             tables["final_gap_agreement"][f"{name} {other}"] = [final.value, final.low, final.high]

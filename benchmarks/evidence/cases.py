@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.datasets import load_breast_cancer, load_digits, load_wine
+from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, load_wine
 from torch import Tensor, nn
 
 from per_instance_accountant.cli.inputs import load_reference
@@ -109,6 +109,20 @@ def wine() -> Case:
     )
 
 
+def diabetes() -> Case:
+    """Whether the disease progresses more than the median: labels that much of the data does not explain."""
+    train, test = _bundled(load_diabetes, 300, None)
+    middle = train.labels.median()
+    return Case(
+        name="diabetes",
+        train=Instances(inputs=train.inputs, labels=(train.labels > middle).long()),
+        test=Instances(inputs=test.inputs, labels=(test.labels > middle).long()),
+        module=perceptron(10, 16, 2),
+        noisy=training(300, steps=300, weight_decay=1e-2, noise_std=1.0),
+        clip=10.0,
+    )
+
+
 def training(count: int, *, steps: int, weight_decay: float, noise_std: float) -> Training:
     """A tenth of the instances in a batch, learning rate 1/2. Without weight decay nothing contracts,
     and fine-tuning forgets next to nothing."""
@@ -178,4 +192,9 @@ def own(data: str, model: str, count: int, held_out: int, noise_std: float, step
     )
 
 
-BUNDLED: dict[str, Callable[[], Case]] = {"digits": digits, "breast_cancer": breast_cancer, "wine": wine}
+BUNDLED: dict[str, Callable[[], Case]] = {
+    "digits": digits,
+    "breast_cancer": breast_cancer,
+    "wine": wine,
+    "diabetes": diabetes,
+}

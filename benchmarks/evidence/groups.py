@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from benchmarks import Figure
 from benchmarks.evidence.cases import Case
-from benchmarks.evidence.prediction import LOOKS, fifths, resolved_tolerance
+from benchmarks.evidence.prediction import fifths, looks_of, resolved_tolerance
 from per_instance_accountant.evaluation import Training, loss_barrier
 from per_instance_accountant.evaluation.measures import (
     Interval,
@@ -65,7 +65,7 @@ def group_course(
         [request.tolist() for request in requests],
         training,
         seeds=seeds,
-        at=LOOKS,
+        at=looks_of(training),
         fine_tuning=fine_tuning,
         test=case.test,
     )
@@ -244,7 +244,9 @@ def size_figures(
     parts = fifths(losses)
     for size in (n for n in sizes if n <= len(parts[0])):
         requests = [generator.choice(parts[which], size, replace=False).tolist() for which in (0, 4)]
-        course = unlearning_course(case.start(seeds), case.train, requests, case.noisy, seeds=seeds, at=LOOKS)
+        course = unlearning_course(
+            case.start(seeds), case.train, requests, case.noisy, seeds=seeds, at=looks_of(case.noisy)
+        )
         found = steps_to_oracle(
             course.unlearned, course.oracle, course.at, resolved_tolerance(course.unlearned, course.oracle)
         )

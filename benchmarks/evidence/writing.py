@@ -65,6 +65,16 @@ def write(
     )
 
 
+def keep(folder: Path | None, name: str, figures: Mapping[str, Figure], tables: Mapping[str, Any]) -> None:
+    """What is done so far, as ``parts/NAME.json``: a run that is stopped leaves it."""
+    if folder is None:
+        return
+    (folder / "parts").mkdir(parents=True, exist_ok=True)
+    rows = {key: figure.as_dict() for key, figure in figures.items()}
+    document = json.dumps({"figures": rows, "tables": tables}, indent=1)
+    (folder / "parts" / f"{name}.json").write_text(document, encoding="utf-8")
+
+
 def drawn(plot: Plot) -> str:
     """The picture as base64 PNG."""
     from matplotlib.figure import Figure as Canvas

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from benchmarks import Figure
-from benchmarks.evidence.algorithms import compared
+from benchmarks.evidence.algorithms import LOOKS, NAMES, compared, methods, outcome, started, tuned
 from benchmarks.evidence.cases import BUNDLED, images, own, training
 from benchmarks.evidence.losses import ledger_losses
-from benchmarks.evidence.prediction import hardest_found, probe, resolved_tolerance, spread_over
+from benchmarks.evidence.prediction import hardest_found, looks_of, probe, resolved_tolerance, spread_over
 from benchmarks.evidence.writing import write
 from per_instance_accountant.errors import MissingDependencyError, UsageError
 from per_instance_accountant.evaluation import loss_barrier, unlearning_course
+from per_instance_accountant.evaluation.measures import rank_correlation
 from per_instance_accountant.evaluation.plots import plot_barriers
 from per_instance_accountant.finetuning.methods import Instances
 
@@ -52,7 +55,7 @@ def test_the_users_own_data_and_model(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (len(case.train), len(case.test)) == (30, 10)
     losses, _ = ledger_losses(case, case.noisy, range(1))
     probes = spread_over(losses[0], 3)
-    found = probe(case, "own", losses[0], case.noisy, case.silent, probes=probes, seeds=range(3))
+    found = probe(case, "own", losses, case.noisy, case.silent, probes=probes, seeds=range(3))
     assert found.steps.settled.shape == (3,) and found.losses.tolist() == losses[0][probes].tolist()
     with pytest.raises(UsageError, match="PIA070"):
         own("my_project_e7:nothing", "my_project_e7:model", 30, 10, 1.0, 5)
@@ -70,8 +73,30 @@ def test_the_tolerance_looks_at_noise_only() -> None:
     generator = np.random.default_rng(0)
     noise = generator.normal(size=(20, 9, 4))
     level = np.linspace(0, 5, 20)[:, None, None]
-    assert resolved_tolerance(0.05 * noise, 0 * noise) == resolved_tolerance(0.05 * noise + level, 0 * noise)
-    assert resolved_tolerance(0.05 * noise, 0 * noise) < resolved_tolerance(0.3 * noise, 0 * noise)
+    oracle = generator.normal(size=(20, 9, 4))
+    fine, coarse = 0.01 * noise + oracle, 0.3 * noise + oracle
+    assert resolved_tolerance(fine + level, oracle) == pytest.approx(resolved_tolerance(fine, oracle))
+    assert resolved_tolerance(fine, oracle) < resolved_tolerance(coarse, oracle)
+    scatter = float(np.median(oracle[:, :, -1].std(1, ddof=1)))
+    assert resolved_tolerance(fine, oracle) == pytest.approx(0.1 * scatter)
+
+
+def test_the_interval_covers_the_recorded_runs_too() -> None:
+    generator = np.random.default_rng(0)
+    truth = np.linspace(0, 3, 40)
+    runs = truth + generator.normal(scale=1.5, size=(4, 40))
+
+    def again(source: np.random.Generator) -> NDArray[np.float64]:
+        return runs[source.integers(0, 4, 4)].mean(0)
+
+    fixed = rank_correlation(runs.mean(0), truth)
+    both = rank_correlation(runs.mean(0), truth, redraw_first=again)
+    assert both.value == fixed.value and both.low < fixed.low
+
+
+def test_the_horizon_is_three_contractions() -> None:
+    assert looks_of(training(10, steps=5, weight_decay=5e-3, noise_std=1.0))[-1] == 1200
+    assert looks_of(training(10, steps=5, weight_decay=1e-2, noise_std=1.0))[-1] == 600
 
 
 def test_the_page_holds_numbers_and_pictures(tmp_path: Path) -> None:
@@ -96,10 +121,16 @@ def test_barriers_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_six_algorithms_are_compared_with_their_floors_named() -> None:
-    figures, tables = compared(BUNDLED["wine"](), 10, range(3), True)
+    case = BUNDLED["wine"]()
+    losses = np.random.default_rng(0).random(len(case.train))
+    figures, tables = compared(case, losses, dict.fromkeys(NAMES, 0.3), 10, range(3), True)
     floors = [figure for key, figure in figures.items() if key.endswith("within_two_steps")]
     assert len(floors) == 6 and all(0 <= floor.value <= 1 for floor in floors)
-    pairs = {key: figure for key, figure in figures.items() if "_agreement_" in key}
+    pairs = {
+        key: figure
+        for key, figure in figures.items()
+        if "_agreement_" in key and not key.endswith(("_low", "_high"))
+    }
     assert pairs and all(-1 <= figure.value <= 1 for figure in pairs.values())
     floored = {key for key in pairs if pairs[key].target is None}
     end = "_within_two_steps"
@@ -107,3 +138,23 @@ def test_six_algorithms_are_compared_with_their_floors_named() -> None:
     for name in (key.removeprefix("wine_hardest_") for key in high):
         assert {key for key in pairs if name in key} <= floored
     assert {"privacy_loss", "membership", "parameter_shift"} <= set(tables["factors"]["scrub"])
+
+
+def test_fine_tuning_and_its_reference_see_the_same_batches() -> None:
+    """Where base and retrained model are the same model, every later difference would be that of batches."""
+    case = BUNDLED["wine"]()
+    course = started(case, np.array([3, 119, 40]), range(3))
+    same = replace(course, kept=((course.kept[0][0],), (course.kept[0][0],)))
+    found = methods(case, dict.fromkeys(NAMES, 0.3))
+    paired = outcome(case, same, found["fine_tune"], range(3))
+    assert paired.unlearned.shape == (3, 3, len(LOOKS))
+    assert np.abs(paired.unlearned[..., -1] - paired.unlearned[..., 0]).min() > 1e-4
+    np.testing.assert_allclose(paired.unlearned, paired.oracle, rtol=1e-6)
+    still = outcome(case, same, found["gradient_ascent"], range(3))
+    assert (np.ptp(still.oracle, axis=-1) == 0).all() and (np.ptp(still.unlearned, axis=-1) > 0).any()
+
+
+def test_a_rate_that_costs_accuracy_is_not_taken() -> None:
+    case = BUNDLED["wine"]()
+    rates = tuned(case, np.array([5, 9]), range(100, 103), (1e6, 0.1))
+    assert set(rates) == set(NAMES) and set(rates.values()) == {0.1}

@@ -89,15 +89,17 @@ def rank_correlation(
     second: ArrayLike,
     *,
     redraw: Callable[[np.random.Generator], Reals] | None = None,
+    redraw_first: Callable[[np.random.Generator], Reals] | None = None,
     draws: int = 1000,
     seed: int = 0,
 ) -> Interval:
     """Spearman correlation over n instances with a percentile bootstrap interval over instances.
 
-    redraw: gives ``second`` again from resampled seeds, so that the interval covers both. Without it,
-    the interval holds for the seeds at hand only. Raises UsageError PIA125 for fewer than 10 instances
-    or fewer than 3 distinct values (a floor, on which no order can be seen), GuaranteeError PIA011 for
-    values that are no numbers.
+    redraw, redraw_first: give ``second`` and ``first`` again from resampled seeds, so that the interval
+    covers instances and seeds. Without them, it holds for the seeds at hand only. Redrawn values carry
+    the noise of the seeds twice, so the interval leans towards 0. Raises UsageError PIA125 for fewer
+    than 10 instances or fewer than 3 distinct values (a floor, on which no order can be seen),
+    GuaranteeError PIA011 for values that are no numbers.
     """
     a, b = finite(first, "scores").ravel(), finite(second, "difficulties").ravel()
     require(a.size, FEWEST_POINTS, "instances", "more instances")
@@ -108,8 +110,9 @@ def rank_correlation(
     found = np.empty(draws)
     for draw in range(draws):
         again = b if redraw is None else redraw(generator)
+        before = a if redraw_first is None else redraw_first(generator)
         rows = generator.integers(0, a.size, a.size)
-        found[draw] = spearman(a[rows], again[rows])
+        found[draw] = spearman(before[rows], again[rows])
     low, high = np.nanquantile(found, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
     return Interval(value=spearman(a, b), low=float(low), high=float(high), count=a.size)
 
