@@ -84,7 +84,7 @@ def testing(folder: Path) -> None:
 
 
 def opacus(folder: Path) -> None:
-    """One private step."""
+    """Five private steps, recorded and audited."""
     import torch
     from torch.utils.data import DataLoader, TensorDataset
 
@@ -95,7 +95,7 @@ def opacus(folder: Path) -> None:
     model, optimizer, loader = engine.make_private(
         module=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-        data_loader=DataLoader(TensorDataset(torch.randn(32, 4), torch.arange(32) % 2), batch_size=8),
+        data_loader=DataLoader(TensorDataset(torch.randn(40, 4), torch.arange(40) % 2), batch_size=8),
         noise_multiplier=1.0,
         max_grad_norm=1.0,
     )
@@ -104,7 +104,8 @@ def opacus(folder: Path) -> None:
         torch.nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
     engine.close()
-    if audit(folder / "run").num_steps != 4:
+    budgets = audit(folder / "run")
+    if budgets.num_steps != 5 or not 0 < budgets.worst_case < float("inf"):
         sys.exit("the steps were not recorded")
 
 
