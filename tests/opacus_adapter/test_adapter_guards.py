@@ -226,12 +226,13 @@ def test_a_step_around_the_noise(start, mode):
 
 
 @MODES
-def test_the_clip_norm_changes_inside_a_logical_batch(start, mode):
+@pytest.mark.parametrize("scheduled", ["max_grad_norm", "noise_multiplier"])
+def test_a_schedule_moves_inside_a_logical_batch(start, mode, scheduled):
     training = start(mode=mode, batch_size=97)
     with training.physical(40) as loader:
         batches = iter(loader)
         training.step(next(batches))
-        training.optimizer.max_grad_norm = 0.1
+        setattr(training.optimizer, scheduled, 0.1)
         with refused(training, "PIA009"):
             training.step(next(batches))
 
