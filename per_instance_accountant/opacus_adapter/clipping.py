@@ -49,7 +49,7 @@ def row_squares(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     if not len(gradients[0]):
         return torch.zeros(0, dtype=torch.float64)
     gradients = [g.unsqueeze(1) if g.dim() == 1 else g for g in gradients]
-    device, entries = gradients[0].device, sum(g[0].numel() for g in gradients)
+    device, entries = gradients[0].device, sum(g.numel() for g in gradients) // len(gradients[0])
     blocks = torch.cat([block.to(device) for g in gradients for block in block_norms(g)], dim=1).double()
     return blocks.square_().sum(dim=1).add_(entries * UNDERFLOW)
 
