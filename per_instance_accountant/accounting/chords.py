@@ -17,7 +17,7 @@ Array = NDArray[np.float64]
 
 CHUNK: Final = 1 << 15
 """Instances that are charged at once; bounds the temporary memory."""
-_INFINITE: Final = 1e300
+INFINITE: Final = 1e300
 """Stands for an infinite loss while adding up, because 0 times it is 0; no finite sum comes near."""
 
 
@@ -65,18 +65,18 @@ class ChordTables:
         """(n, orders) upper bounds of the losses of ``steps`` steps (n,) at ``squared = (bound /
         clip norm)^2`` (n,).
 
-        Entries of at least ``_INFINITE / 1e50`` stand for infinity; see :func:`finished`.
+        Entries of at least ``INFINITE / 1e50`` stand for infinity; see :func:`finished`.
         """
         ratio, rate = clip_ratio(phase), phase.amplification_rate
         if not np.isfinite(ratio):
             charged = (squared > 0) & (steps > 0)
-            return np.outer(np.where(charged, _INFINITE, 0.0), np.ones(self.orders.size))
+            return np.outer(np.where(charged, INFINITE, 0.0), np.ones(self.orders.size))
         shrink = (ratio / self._scale[rate]) ** 2
         if shrink < 1:
             squared = np.minimum(squared * (shrink * (1 + 1e-15)), 1.0)
         lower, weight = self.grid.locate(squared)
         table = self._table(rate, lower)
-        if np.ptp(lower) == 0 and np.ptp(weight) == 0 and np.ptp(steps) == 0:
+        if not self._complete and np.ptp(lower) == 0 and np.ptp(weight) == 0 and np.ptp(steps) == 0:
             # In the order of the sparse product: the same bits, however the instances are partitioned.
             low, high = steps[0] * (1 - weight[0]), steps[0] * weight[0]
             one = low * table[lower[0]] + high * table[lower[0] + 1]
@@ -99,7 +99,7 @@ class ChordTables:
         if new.size:
             ratios = np.sqrt(self._nodes[new]) * self._scale[rate]
             values = sampled_gaussian_rdp(rate, ratios, self.orders)
-            table[new] = np.where(np.isfinite(values), values, _INFINITE)
+            table[new] = np.where(np.isfinite(values), values, INFINITE)
             known[new] = True
         return table
 
@@ -108,5 +108,5 @@ def finished(rdp: Array) -> Array:
     """The sums with infinity where it belongs, in place."""
     for start in range(0, len(rdp), CHUNK):
         part = rdp[start : start + CHUNK]
-        part[part >= _INFINITE / 1e50] = np.inf
+        part[part >= INFINITE / 1e50] = np.inf
     return rdp

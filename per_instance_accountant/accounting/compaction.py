@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
+import secrets
+import shutil
 from dataclasses import replace
-from typing import Final
+from pathlib import Path
+from typing import Final, NoReturn
 
 import numpy as np
 
+from per_instance_accountant.accounting.entries import ENFORCED, require_below
 from per_instance_accountant.accounting.spending import Spending
-from per_instance_accountant.errors import GuaranteeError, UnsupportedError
+from per_instance_accountant.errors import GuaranteeError, LedgerError, UnsupportedError
 from per_instance_accountant.ledger import Ledger, LedgerWriter
-from per_instance_accountant.ledger.records import Step
+from per_instance_accountant.ledger.merged import MOMENT
+from per_instance_accountant.ledger.records import Phase, Run, Step, Thresholds
+from per_instance_accountant.ledger.storage import sync_directory, unreadable
 
 KEY: Final = "compacted_from"
 """Entry of the run's assumptions that names the digest of the ledger that was compacted."""
@@ -30,8 +36,8 @@ def compact(ledger: Ledger | str | os.PathLike[str], path: str | os.PathLike[str
     planned for deletion from observations, or accounted for by a rule that needs draws.
 
     Raises UnsupportedError PIA060 for a run with a rule that needs draws, GuaranteeError PIA011 for a
-    filtered run whose steps show that the filter was not kept to (that evidence would be lost),
-    LedgerError PIA045 if ``path`` holds facts.
+    run whose steps show that a filter or thresholds were not kept to (that evidence would be lost),
+    LedgerError PIA045 if ``path`` holds facts. ``path`` appears complete or not at all.
 
     >>> from per_instance_accountant.ledger import Phase, Run
     >>> writer = LedgerWriter.create(None, Run(num_instances=1000))
@@ -49,13 +55,58 @@ def compact(ledger: Ledger | str | os.PathLike[str], path: str | os.PathLike[str
     _check(ledger)
     assumptions = {**(ledger.run.assumptions or {}), KEY: ledger.digest}
     run = replace(ledger.run, assumptions=assumptions, run_id=None)
-    with LedgerWriter.create(path, run) as writer:
-        clip = np.inf
-        for event in ledger.events():
-            clip = getattr(event, "max_grad_norm", clip)
-            writer.append(_needed(event, clip) if isinstance(event, Step) else event)
-        small = writer.ledger()
-    return small if path is None else Ledger.open(path)
+    if path is None:
+        writer = LedgerWriter.create(None, run)
+        _copy(ledger, writer)
+        return writer.ledger()
+    return _into_directory(ledger, run, Path(path).absolute())
+
+
+def _into_directory(ledger: Ledger, run: Run, path: Path) -> Ledger:
+    """Written beside ``path`` and moved there when it is complete: a part of it looks like fewer steps."""
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        if os.path.lexists(path) and (path.is_symlink() or any(path.iterdir())):
+            _refuse_path()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with LedgerWriter.create(draft, run) as writer:
+            _copy(ledger, writer)
+        os.rename(draft, path)
+        sync_directory(path.parent)
+    except OSError as error:
+        raise unreadable(error) from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return Ledger.open(path)
+
+
+def _refuse_path() -> NoReturn:
+    raise LedgerError(
+        "PIA045",
+        "the path of the compacted ledger exists and is not an empty directory",
+        "Nothing was written, and what is there is as it was",
+        'compact(ledger, "runs/a_new_directory")',
+    )
+
+
+def _copy(ledger: Ledger, writer: LedgerWriter) -> None:
+    """All events, steps without who was drawn, and what a merge said of its parts."""
+    phase: Phase | None = None
+    thresholds: Thresholds | None = None
+    for event in ledger.events():
+        if isinstance(event, Phase):
+            phase = event
+        elif isinstance(event, Thresholds):
+            thresholds = event
+        elif isinstance(event, Step) and phase is not None:
+            if phase.charging in ENFORCED:
+                require_below(event, phase, thresholds)
+            event = _needed(event, phase.max_grad_norm)
+        writer.append(event)
+    if ledger.merge is not None:
+        # Checkpoints of the old run are none of the new one.
+        writer.append_merge(replace(ledger.merge, moments=np.empty(0, MOMENT)))
+    writer.close(confirmed=ledger.confirmed)
 
 
 def require_draws(ledger: Ledger, charging: str | None) -> None:

@@ -10,7 +10,6 @@ bounded remainder; ``partition`` folds a range of instances only.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from per_instance_accountant.accounting.chords import CHUNK, ChordTables, clip_ratio, finished
 from per_instance_accountant.accounting.compaction import require_draws
 from per_instance_accountant.accounting.disclosures import disclosure_rdp
+from per_instance_accountant.accounting.entries import ENFORCED, clip_norms, require_below, rule_in_fact
 from per_instance_accountant.accounting.levels import Span
 from per_instance_accountant.accounting.loss import IndividualLoss
 from per_instance_accountant.accounting.rules import (
@@ -53,7 +53,6 @@ Array = NDArray[np.float64]
 _BASIS: dict[str, Basis] = {
     r.name: r.basis for r in (WorstCase, FixedThresholds, Sweep, Unamplified, LastSeen)
 }
-_ENFORCED = ("fixed_thresholds", "sweep")
 _STRENGTH = (Basis.CERTIFIED, Basis.OUTPUT_SPECIFIC, Basis.ESTIMATE)
 _FIXED = ("worst_case", "fixed_thresholds")
 """Rules whose bounds are known before the run."""
@@ -79,6 +78,7 @@ class _Fold:
         self.squared_mu: Array | None = np.zeros(size)
         self.phase: Phase | None = None
         self.enforced: Array = np.full(size, np.inf)
+        self.thresholds: Thresholds | None = None
         self.forgotten = np.zeros(size, dtype=bool)
         self.seen: Array = np.full(size, np.inf)
         self.bound: Array = np.full(size, np.inf)
@@ -101,6 +101,7 @@ class _Fold:
 
     def _take_thresholds(self, thresholds: Thresholds) -> None:
         self.settle_all()
+        self.thresholds = thresholds
         self.enforced = thresholds.values[self.part].astype(np.float64)
         if thresholds.source == "forget":
             self.forgotten |= self.enforced == 0
@@ -108,7 +109,8 @@ class _Fold:
 
     def _take_step(self, step: Step) -> None:
         rule = self.rule
-        self.rules_used.add(rule)
+        self.rules_used.add(rule_in_fact(rule, self.thresholds))
+        require_below(step, self.mechanism, self.thresholds if rule in ENFORCED else None)
         self._charge_repeats(step)
         if rule in ("unamplified", "last_seen"):
             here = (step.positions >= self.part.start) & (step.positions < self.part.stop)
@@ -168,7 +170,7 @@ class _Fold:
             return
         source = {"last_seen": self.seen}.get(self.rule)
         if source is None:
-            source = self.enforced if self.rule in _ENFORCED else np.full_like(self.bound, np.inf)
+            source = self.enforced if self.rule in ENFORCED else np.full_like(self.bound, np.inf)
         self.bound = np.minimum(source, self.phase.max_grad_norm)
         self.bound[self.forgotten] = 0.0
 
@@ -188,7 +190,7 @@ class _Fold:
         """Remember the ratios of the span for the tight epsilon, rounded up to float32."""
         rate, ratio = phase.amplification_rate, clip_ratio(phase)
         self.worst_spans = _with_span(self.worst_spans, steps, rate, np.array([ratio]))
-        if self.rule not in _FIXED:
+        if rule_in_fact(self.rule, self.thresholds) not in _FIXED:
             self.spans = None
         if self.spans is not None:
             share = np.minimum(self.bound / phase.max_grad_norm * (1 + 1e-15), 1.0)
@@ -223,14 +225,10 @@ class _Fold:
             self.squared_mu[positions] += squared
 
     def _charge_repeats(self, step: Step) -> None:
-        """A non-Poisson loader may put an instance into one release m times: its contribution is
-        then up to m clip norms.
-
-        The batch order of such a loader is public, so m is; the whole release is charged at m clip
-        norms on top.
-        """
+        """A non-Poisson loader may put an instance into one release m times, up to m clip norms. Its batch
+        order is public, so m is: the whole release is charged at m clip norms on top."""
         phase = self.mechanism
-        repeats = math.ceil(step.contributions.max(initial=0.0) / phase.max_grad_norm - 1e-6)
+        repeats = clip_norms(step, phase)
         if repeats <= 1:
             return
         if phase.sampling == "poisson":
@@ -242,8 +240,10 @@ class _Fold:
             )
         ratios = np.array([repeats, 1]) * clip_ratio(phase)
         several, once = sampled_gaussian_rdp(phase.amplification_rate, ratios, self.orders)
-        extra = np.where(np.isfinite(several), several - once, np.inf)
+        extra = np.where(np.isfinite(several), several - np.minimum(once, several), np.inf)
         self.worst += extra
+        if self.rule in ENFORCED:
+            extra = several  # many small thresholds may add up to all of it
         self.spans = self.worst_spans = None
         if self.rule != "unamplified":
             self.rdp += extra
@@ -305,7 +305,7 @@ def _checked_partition(partition: tuple[int, int] | None, size: int) -> slice:
 def _check_rule(ledger: Ledger, charging: ChargingRule | None) -> None:
     """A rule that rests on clipping at thresholds needs a ledger of a run that clipped at them."""
     require_draws(ledger, None if charging is None else charging.name)
-    if charging is None or charging.name not in _ENFORCED:
+    if charging is None or charging.name not in ENFORCED:
         return
     other = {p.charging for p in ledger.phases} - {charging.name}
     if other:

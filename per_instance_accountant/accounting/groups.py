@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from per_instance_accountant.accounting.chords import clip_ratio
 from per_instance_accountant.accounting.disclosures import disclosure_rdp
+from per_instance_accountant.accounting.entries import ENFORCED, clip_norms, require_below, rule_in_fact
 from per_instance_accountant.accounting.loss import IndividualLoss
 from per_instance_accountant.accounting.rules import Basis, FixedThresholds, Sweep, Unamplified, WorstCase
 from per_instance_accountant.divergence import (
@@ -146,6 +147,7 @@ class _GroupFold:
         self.rdp, self.worst = np.zeros((count, len(orders))), np.zeros((count, len(orders)))
         self.squared_mu: Array | None = np.zeros(count)
         self.enforced: Array = np.full(len(which), np.inf)
+        self.thresholds: Thresholds | None = None
         self.gone = np.zeros(len(which), dtype=np.bool_)
         self.phase: Phase | None = None
         self.steps = 0
@@ -158,7 +160,7 @@ class _GroupFold:
 
     def take_thresholds(self, event: Thresholds) -> None:
         self.settle()
-        self.enforced = event.values.astype(np.float64)
+        self.thresholds, self.enforced = event, event.values.astype(np.float64)
         if event.source == "forget":
             self.gone |= event.values == 0
 
@@ -175,7 +177,10 @@ class _GroupFold:
                 "The members' norms were observed at different parameters, so their sum means nothing",
                 "train with charging=Sweep(every=50), or WorstCase()",
             )
-        self.rules.add(phase.charging)
+        self.rules.add(rule_in_fact(phase.charging, self.thresholds))
+        if phase.charging in ENFORCED:
+            require_below(step, phase, self.thresholds)
+        self._charge_repeats(step, phase)
         self.steps += 1
         contributions = step.contributions.astype(np.float64)
         if phase.charging == "unamplified":
@@ -185,13 +190,23 @@ class _GroupFold:
             with np.errstate(divide="ignore", invalid="ignore"):
                 squared = np.where(sums > 0, (sums / phase.noise_std) ** 2, 0.0)
             self._add(np.outer(squared, self.orders / 2), squared)
-        elif contributions.max(initial=0.0) > phase.max_grad_norm * (1 + 1e-6):
+
+    def _charge_repeats(self, step: Step, phase: Phase) -> None:
+        """Contributions of the rule Unamplified tell how often its drawn were in the release; the worst case
+        is then as many clip norms of every member."""
+        repeats = clip_norms(step, phase)
+        if repeats <= 1:
+            return
+        if phase.charging != "unamplified" or phase.sampling == "poisson":
             raise GuaranteeError(
                 "PIA011",
                 "a step records a contribution above the clip norm",
                 "The draws of the group's members are not what the bound assumes",
                 "train again with the loader and the optimizer returned by make_private",
             )
+        clip = np.full(len(self.which), phase.max_grad_norm)
+        once, several = self._one_step(phase, clip), self._one_step(phase, repeats * clip)
+        self.worst += np.where(np.isfinite(several), several - np.minimum(once, several), np.inf)
 
     def take_disclosure(self, event: Disclosure) -> None:
         """Pure differential privacy for one instance is that of k times its epsilon for k of them."""

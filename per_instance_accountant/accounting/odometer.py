@@ -9,6 +9,7 @@ from typing import Final, final
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from per_instance_accountant.accounting.chords import INFINITE, finished
 from per_instance_accountant.divergence import rdp_to_epsilon, sampled_gaussian_rdp
 from per_instance_accountant.divergence.orders import as_float_array, bad_argument
 
@@ -131,7 +132,7 @@ class Odometer:
         """(n, m) upper bounds of the Renyi losses now; ``8 m`` bytes per instance."""
         table = self._table(orders)
         self._settle(slice(None))
-        return np.asarray(self._counts.astype(np.float64) @ table)
+        return finished(np.asarray(self._counts.astype(np.float64) @ table))
 
     def epsilons(self, orders: ArrayLike, delta: float) -> Floats:
         """(n,) upper bounds of epsilon now, over the given orders (m,); by one matrix product."""
@@ -140,7 +141,8 @@ class Odometer:
         result = np.empty(len(self._state))
         for start in range(0, len(result), _CHUNK):
             part = slice(start, start + _CHUNK)
-            result[part] = rdp_to_epsilon(orders, self._counts[part].astype(np.float64) @ table, delta)
+            curves = finished(self._counts[part].astype(np.float64) @ table)
+            result[part] = rdp_to_epsilon(orders, curves, delta)
         return result
 
     def _settle(self, positions: NDArray[np.int64] | slice, place: Whole | None = None) -> None:
@@ -174,7 +176,7 @@ def _unit_costs(rate: float, ratio: float, orders: bytes) -> Floats:
     bits = (np.arange(_NODES - 1, dtype=np.int64) << _SHIFT) + _FIRST
     ratios = ratio * np.sqrt(np.concatenate([[0.0], bits.view(np.float64)]))
     curves = sampled_gaussian_rdp(rate, ratios * (1 + 1e-15), np.frombuffer(orders))
-    return curves * ((1 + 1e-13) / _UNITS)
+    return np.where(np.isfinite(curves), curves, INFINITE) * ((1 + 1e-13) / _UNITS)
 
 
 def _smallest(values: Floats) -> float:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from per_instance_accountant.accounting.chords import clip_ratio
 from per_instance_accountant.accounting.disclosures import disclosure_rdp
+from per_instance_accountant.accounting.entries import ENFORCED, above_bounds, clip_norms
 from per_instance_accountant.accounting.odometer import Odometer
 from per_instance_accountant.divergence import DEFAULT_ORDERS, rdp_to_epsilon, sampled_gaussian_rdp
 from per_instance_accountant.ledger import Ledger
@@ -62,6 +63,7 @@ class RunningLoss:
         """(N,) sums of squared ratios of unamplified steps; None while there is none."""
         self._worst = np.zeros(len(self.orders))
         self._enforced: Array = np.full(num_instances, np.inf)
+        self._thresholds: Thresholds | None = None
         self._seen: Array = np.full(num_instances, np.inf)
         self._out = np.zeros(num_instances, dtype=np.bool_)
         self._noiseless = False
@@ -149,7 +151,7 @@ class RunningLoss:
         return np.where(bounds > 0, np.minimum(np.nextafter(share**2, np.inf), 1.0), 0.0)
 
     def _take_thresholds(self, event: Thresholds) -> None:
-        self._enforced = event.values.astype(np.float64)
+        self._thresholds, self._enforced = event, event.values.astype(np.float64)
         if event.source == "forget":
             self._out |= event.values == 0
         self._set_bounds()
@@ -165,7 +167,8 @@ class RunningLoss:
         if phase is None or phase.noise_std == 0:
             self._noiseless = True
             return
-        self._worst = self._worst + self._worst_step(phase, contributions)
+        self._worst = self._worst + self._once
+        self._charge_repeats(phase, step)
         if phase.charging == "unamplified" and self._squared is not None:
             self._squared[step.positions] += (np.nextafter(contributions, np.inf) / phase.noise_std) ** 2
         elif self._odometer is not None:
@@ -174,20 +177,31 @@ class RunningLoss:
                 self._odometer.set_bounds(step.positions, self._shares(contributions))
             self._odometer.advance()
 
-    def _worst_step(self, phase: Phase, contributions: Array) -> Array:
-        """At the clip norm, or at as many as one instance of a loader with replacement can have
-        entered."""
-        repeats = math.ceil(float(contributions.max(initial=0.0)) / phase.max_grad_norm - 1e-6)
-        if repeats <= 1:
-            return self._once
-        ratio = repeats * clip_ratio(phase)
-        return np.asarray(sampled_gaussian_rdp(phase.amplification_rate, [ratio], self.orders)[0])
+    def _charge_repeats(self, phase: Phase, step: Step) -> None:
+        """A loader with replacement may put an instance into one release several times, whoever it was: as
+        ``account`` charges it. A step that was not clipped at its thresholds is charged at the clip norm."""
+        repeats = clip_norms(step, phase)
+        extra = np.zeros(len(self.orders))
+        if repeats > 1:
+            ratio = repeats * clip_ratio(phase)
+            several = np.asarray(sampled_gaussian_rdp(phase.amplification_rate, [ratio], self.orders)[0])
+            extra = np.where(np.isfinite(several), several - np.minimum(self._once, several), np.inf)
+            self._worst = self._worst + extra
+            extra = several if phase.charging in ENFORCED else extra
+        if phase.charging in ENFORCED and above_bounds(step, phase, self._thresholds):
+            extra = extra + self._once
+        if phase.charging != "unamplified" and extra.any():
+            self._settle(extra)
+
+    def _settle(self, cost: Array) -> None:
+        """Charge ``cost`` (orders,) to everybody."""
+        earlier = np.zeros((len(self._out), len(self.orders))) if self._settled is None else self._settled
+        self._settled = earlier + cost
 
     def _take_disclosure(self, event: Disclosure) -> None:
         cost = disclosure_rdp(event.epsilon, self.orders)
         self._worst = self._worst + cost
-        earlier = np.zeros((len(self._out), len(self.orders))) if self._settled is None else self._settled
-        self._settled = earlier + cost
+        self._settle(cost)
 
     def _take_nothing(self, event: Filter | Resume | PublicStep) -> None:
         """Budgets and public data charge nobody, and abandoned steps stay charged."""
