@@ -5,6 +5,7 @@ Works with stock and tracked optimizers. torch is imported when a function is ca
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,8 +13,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import chi2
 
-from per_instance_accountant.testing.components import check_noise, check_noise_is_fresh, draws_for
+from per_instance_accountant.testing.components import (
+    LEVEL,
+    ComponentFault,
+    check_noise,
+    check_noise_is_fresh,
+    draws_for,
+)
 
 Floats = NDArray[np.float64]
 
@@ -104,6 +112,48 @@ def check_noise_of(optimizer: Any, *, deficit: float = 0.01) -> float:
     rows = noise_of(optimizer, draws_for(deficit))
     p = check_noise(rows, float(optimizer.noise_multiplier) * float(optimizer.max_grad_norm))
     return min(p, check_noise_is_fresh(rows[: min(len(rows), 200)])) if rows.shape[1] >= 100 else p
+
+
+def check_noise_in_training(optimizer: Any, *, deficit: float = 0.01, level: float = LEVEL) -> None:
+    """From now on measure the noise of the releases themselves; judge its std once, when there is enough.
+
+    To call once after make_private. Nothing is drawn, so the noise is what it would have been. After as many
+    steps as give ``draws_for(deficit)`` numbers (305,862 for 1 %, so one step of a model with that many
+    parameters), a std that is too small by ``deficit`` raises ComponentFault, in 999 of 1,000 cases, before
+    that step's update; a correct one does with probability ``level``. The steps before it are released. Not
+    found: noise that was used before (``check_noise_of``), and a clip norm that is not enforced. In several
+    processes only the one that draws is judged. It costs a float64 copy of the gradient at each step until
+    then.
+    """
+    before = vars(optimizer).get("add_noise")
+    add_noise, needed = optimizer.add_noise, draws_for(deficit, level=level)
+    count, total = 0, 0.0
+
+    def measured() -> None:
+        nonlocal count, total
+        sums = [p.summed_grad for p in optimizer.params]
+        add_noise()
+        std = float(optimizer.noise_multiplier) * float(optimizer.max_grad_norm)
+        if std > 0 and _draws(optimizer):
+            for p, own in zip(optimizer.params, sums, strict=True):
+                total += float((p.grad.detach().double() - own.double().view_as(p)).div(std).square().sum())
+                count += p.numel()
+        if count >= needed:
+            del optimizer.add_noise
+            if before is not None:
+                optimizer.add_noise = before
+            # Written as what must hold, so that NaN fails it.
+            if not (p_value := float(chi2.cdf(total, count))) >= level:
+                share = math.sqrt(total / count)
+                raise ComponentFault(f"the std is {share:.4f} of the one claimed (p = {p_value:.2g})")
+
+    optimizer.add_noise = measured
+
+
+def _draws(optimizer: Any) -> bool:
+    """Whether this process adds the noise: one of several does in Opacus, and so says a tracked optimizer."""
+    draws = getattr(optimizer, "draws_noise", None)
+    return bool(draws()) if callable(draws) else getattr(optimizer, "rank", 0) == 0
 
 
 def norms_of_gradients(module: Any, loss: Callable[[Any, Any], Any], inputs: Any, targets: Any) -> Floats:

@@ -26,6 +26,9 @@ from per_instance_accountant.testing.search import CALL_SECONDS, Point, written
 
 LAW_SECONDS: Final = 120.0
 """Wall-clock seconds that one law may take in a watched process, by default."""
+GIVE_UP: Final = 3
+"""After so many laws that had to be stopped from outside, the rest is not asked."""
+_NOT_ASKED: Final = f"not asked, because {GIVE_UP} laws had to be stopped before"
 CHECKS: Final[tuple[Check, ...]] = checks_in(checks) + checks_in(conduct)
 """Every law of :mod:`checks` and :mod:`conduct`."""
 
@@ -158,7 +161,8 @@ def load(reference: str) -> Any:
         found: Any = importlib.import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as error:
+    # Whatever the code of a module raises while it is imported.
+    except Exception as error:
         raise UsageError(
             "PIA070",
             f"{reference!r} cannot be imported ({type(error).__name__}: {error})",
@@ -179,12 +183,12 @@ def watch_checks(
     """Ask the laws of ``module:accountant`` in another process, which is killed where it hangs.
 
     law_seconds: wall-clock time of one law, after which it counts as broken at the input it was tried
-    at, and the next law is asked in a new process; memory of that process is limited to 8 GiB. Raises
-    UsageError PIA070 or PIA071 if the reference names no accountant.
+    at, and the next law is asked in a new process, but none after ``GIVE_UP`` such laws; memory of that
+    process is limited to 8 GiB. Raises UsageError PIA070 or PIA071 if the reference names no accountant.
     """
     left = [check.law.name for check in named(laws)]
     verdicts: list[Verdict] = []
-    name = reference
+    name, stopped = reference, 0
     while left:
         child = _Child(reference, left, examples, seconds)
         for line in child.lines(law_seconds):
@@ -197,6 +201,10 @@ def watch_checks(
                 left.remove(verdicts[-1].law)
         if left:
             verdicts.append(child.end(left.pop(0), law_seconds))
+            stopped += child.timed_out
+        if stopped == GIVE_UP:
+            verdicts += [Verdict(law=law, status="not applicable", what=_NOT_ASKED) for law in left]
+            break
     return Report(accountant=name, verdicts=tuple(verdicts))
 
 
@@ -262,7 +270,7 @@ def _serve(order: dict[str, Any], out: IO[str]) -> None:
 
     try:
         accountant = load(order["reference"])
-        fresh(accountant)
+        _make(accountant)
     except UsageError as error:
         tell({"code": error.code, "refused": [error.happened, error.meaning, error.fix]})
         return
@@ -284,6 +292,21 @@ def _serve(order: dict[str, Any], out: IO[str]) -> None:
             accountant, examples=order["examples"], seconds=order["seconds"], watch=watch
         )
         tell(asdict(judged))
+
+
+def _make(accountant: Any) -> None:
+    try:
+        fresh(accountant)
+    except UsageError:
+        raise
+    # Whatever the accountant raises while it is made.
+    except Exception as error:
+        raise UsageError(
+            "PIA071",
+            f"making a {name_of(accountant)} raised {type(error).__name__}: {error}",
+            "Nothing can be asked of it, so nothing was checked",
+            "pia check my_module:make_accountant, a function that gives a new one",
+        ) from None
 
 
 def _limit_memory() -> None:

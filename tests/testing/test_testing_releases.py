@@ -23,6 +23,7 @@ from per_instance_accountant.testing.components import (
     check_norms_agree,
 )
 from per_instance_accountant.testing.releases import (
+    check_noise_in_training,
     check_noise_of,
     noise_of,
     norms_of_gradients,
@@ -77,6 +78,57 @@ def test_the_noise_of_an_optimizer_is_measured_before_training(name):
     optimizer.add_noise = less
     with pytest.raises(ComponentFault, match="of the one claimed"):
         check_noise_of(optimizer, deficit=0.03)
+
+
+def weights_after(engine, factor=1.0, measure=True):
+    """Two steps of a model with 360,003 parameters, with ``factor`` times the noise that is claimed."""
+    _, model, optimizer, criterion, loader = training(engine, size=12, batch_size=4, width=30_000)
+    add_noise, stated = optimizer.add_noise, optimizer.noise_multiplier
+
+    def seeded_mistake() -> None:
+        optimizer.noise_multiplier = stated * factor
+        add_noise()
+        optimizer.noise_multiplier = stated
+
+    if factor != 1:
+        optimizer.add_noise = seeded_mistake
+    if measure:
+        check_noise_in_training(optimizer)
+    torch.manual_seed(3)
+    try:
+        for number, (x, y) in enumerate(loader):
+            if number == 2:
+                break
+            optimizer.zero_grad()
+            criterion(model(x), y).backward()
+            optimizer.step()
+    finally:
+        weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    return weights, torch.random.get_rng_state()
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_hundredth_less_noise_stops_the_first_step_and_measuring_draws_nothing(name):
+    measured, plain = weights_after(ENGINES[name]()), weights_after(ENGINES[name](), measure=False)
+    assert all(torch.equal(a, b) for a, b in zip(measured, plain, strict=True))
+    with pytest.raises(ComponentFault, match=r"0\.9[89]\d\d of the one claimed"):
+        weights_after(ENGINES[name](), factor=0.99)
+
+
+def test_the_noise_of_several_small_steps_is_judged_together():
+    _, model, optimizer, criterion, loader = training(StockEngine(), size=40, batch_size=4)
+    add_noise = optimizer.add_noise
+
+    def less() -> None:
+        optimizer.noise_multiplier = 0.8 * 0.8
+        add_noise()
+        optimizer.noise_multiplier = 0.8
+
+    optimizer.add_noise = less
+    check_noise_in_training(optimizer, deficit=0.2)
+    with pytest.raises(ComponentFault, match="of the one claimed"):
+        steps(model, optimizer, criterion, loader)
+    assert optimizer.add_noise is less
 
 
 def test_noise_from_one_seed_for_every_step_is_found():

@@ -42,6 +42,19 @@ def test_a_call_that_sleeps_is_killed_and_the_next_law_is_asked(seeded_file):
     assert "stopped after 20 s" in report.verdicts[1].what
 
 
+def test_an_accountant_that_always_hangs_is_given_up(tmp_path):
+    (tmp_path / "hanging.py").write_text(
+        "import time\nclass Hangs:\n    def step(self, **_): time.sleep(60)\n    epsilon = step\n"
+        "class NoLicence(Hangs):\n    def __init__(self): raise RuntimeError('no licence')\n"
+    )
+    laws = ["epsilon_is_a_number", *NAN, "steps_add_up", "reading_changes_nothing"]
+    report = watch_checks(f"{tmp_path / 'hanging.py'}:Hangs", laws=laws, law_seconds=4)
+    assert [v.status for v in report.verdicts] == ["broken"] * 3 + ["not applicable"]
+    assert not report.ok and "3 laws had to be stopped" in report.verdicts[3].what
+    with pytest.raises(UsageError, match="raised RuntimeError: no licence"):
+        watch_checks(f"{tmp_path / 'hanging.py'}:NoLicence")
+
+
 def test_a_process_that_ends_is_a_failure(seeded_file):
     report = watch_checks(f"{seeded_file}:EndsTheProcess", laws=[*NAN, "steps_are_counted"])
     assert [v.status for v in report.verdicts] == ["broken", "held"]
