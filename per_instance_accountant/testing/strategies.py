@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -131,7 +132,10 @@ def events(draw: Any, instances: int, *, most: int = 12) -> list[Phase | Thresho
     for _ in range(draw(st.integers(0, most))):
         kind = draw(st.sampled_from(["step", "step", "step", "phase", "thresholds", "resume"]))
         if kind == "step":
-            course.append(draw(_steps(instances, 0.5)))
+            step, limits = draw(_steps(instances, 0.5)), [e for e in course if isinstance(e, Thresholds)]
+            # A run that did not clip at its thresholds has no individual numbers.
+            kept = limits[-1].values[step.positions] if limits else step.contributions
+            course.append(replace(step, contributions=np.minimum(step.contributions, kept)))
             steps += 1
         elif kind == "phase":
             course.append(draw(_phases(charging)))
