@@ -26,7 +26,9 @@ from per_instance_accountant.cli.demo_evidence import measure, snapshot
 from per_instance_accountant.cli.printing import SENSITIVE, Format, Page, Table, emit
 from per_instance_accountant.errors import UsageError
 from per_instance_accountant.finetuning import run_plan
+from per_instance_accountant.finetuning.files import save_module
 from per_instance_accountant.report import Evidence
+from per_instance_accountant.results.files import write_private
 from per_instance_accountant.unlearning import UnlearningPlan, plan, plan_everyone, verify
 
 DELTA = 1e-5
@@ -75,7 +77,7 @@ def _train_and_forget(
     engine, model = training.train_convex(digits, seed=seed, ledger=directory / "convex", steps=STEPS)
     engine.close()
     checkpoint = directory / "convex.pt"
-    torch.save(model.state_dict(), checkpoint)
+    save_module(model, checkpoint)
     # The tight conversion takes seconds, and further seeds only ask for accuracies.
     result = audit(directory / "convex", DELTA, tight=ids is None)
     ids = _hardest_and_easiest(result) if ids is None else ids
@@ -243,7 +245,7 @@ def _run(seed: int, directory: Path, output_format: Format) -> bool:
     convex["accuracy"] = _mean_accuracies(runs)
     _write_page(convex["audit"], convex["evidence"], directory)
     document = _document(convex, network, sgld, directory)
-    (directory / "demo.json").write_text(json.dumps(document, indent=2, default=float))
+    write_private(directory / "demo.json", json.dumps(document, indent=2, default=float).encode())
     emit(_page(document, convex, network), output_format)
     return bool(document["certificate"]["valid"])
 

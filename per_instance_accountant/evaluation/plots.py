@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from numpy.typing import ArrayLike
 
 from per_instance_accountant.errors import MissingDependencyError, UsageError
 from per_instance_accountant.evaluation.barriers import LossBarrier
+from per_instance_accountant.results.files import write_private
 
 
 def plot_damage(accuracy: ArrayLike, forgotten: ArrayLike, path: str | os.PathLike[str]) -> None:
@@ -41,7 +44,7 @@ def plot_damage(accuracy: ArrayLike, forgotten: ArrayLike, path: str | os.PathLi
         right.plot(turns[request:], 100 * held[request:, request], marker=marker, linestyle=":", label=name)
     right.set(xlabel="after request", ylabel="still forgotten (%)", xticks=turns, ylim=(-5, 105))
     right.legend()
-    figure.savefig(os.fspath(path))
+    _write(figure, path)
 
 
 def plot_barriers(barriers: Mapping[str, LossBarrier], path: str | os.PathLike[str]) -> None:
@@ -61,7 +64,7 @@ def plot_barriers(barriers: Mapping[str, LossBarrier], path: str | os.PathLike[s
         axes.plot(np.linspace(0, 1, len(loss)), loss, marker="os^Dv<>P"[number % 8], label=name)
     axes.set(xlabel="share of the second model", ylabel="mean loss (nats)")
     axes.legend()
-    figure.savefig(os.fspath(path))
+    _write(figure, path)
 
 
 def _figure(width: float) -> Any:
@@ -75,3 +78,10 @@ def _figure(width: float) -> Any:
             "pip install 'per-instance-accountant[plots]'",
         ) from error
     return Figure(figsize=(width, 3), layout="constrained")
+
+
+def _write(figure: Any, path: str | os.PathLike[str]) -> None:
+    """Pictures of individual values are as sensitive as their tables."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format=Path(path).suffix[1:] or "png")
+    write_private(path, picture.getvalue())

@@ -21,6 +21,7 @@ from per_instance_accountant.errors import PlanError, UsageError
 from per_instance_accountant.finetuning.files import load_module, save_module
 from per_instance_accountant.finetuning.retained import retained_positions
 from per_instance_accountant.ledger import Ledger
+from per_instance_accountant.results.files import write_private
 
 STATEMENT: Final = (
     "ESTIMATE: fine-tuned without noise. The Renyi divergence from retraining is unbounded, so no number of"
@@ -82,7 +83,7 @@ def run_estimate(
     save_module(module, directory / "model.pt")
     note = directory / "estimate.json"
     content = {"basis": Basis.ESTIMATE.value, "steps": steps, "statement": STATEMENT}
-    note.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_private(note, (json.dumps(content, indent=2) + "\n").encode())
     return EstimateRun(module=module, checkpoint=directory / "model.pt", note=note, steps=steps)
 
 

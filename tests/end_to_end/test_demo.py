@@ -34,8 +34,15 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "--output",
         str(output),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True, umask=0)
     return dict(json.loads(done.stdout))
+
+
+def test_only_the_owner_may_read_what_was_written(printed: dict[str, Any]) -> None:
+    """The process ran with a umask that hides nothing."""
+    output = Path(printed["artefacts"]["plan"]).parent
+    written = [output, *output.rglob("*")]
+    assert len(written) > 10 and not [path.name for path in written if path.stat().st_mode & 0o077]
 
 
 def test_worst_case_is_opacus_own_number_and_nobody_pays_more(printed: dict[str, Any]) -> None:
