@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel as DPDDP
 from opacus.utils.batch_memory_manager import BatchMemoryManager
-from opacus.utils.fsdp_utils import FSDP2Wrapper
 from opacus.utils.uniform_sampler import DistributedUniformWithReplacementSampler
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -41,6 +40,13 @@ from per_instance_accountant import (
 from per_instance_accountant.errors import GuaranteeError
 from per_instance_accountant.opacus_adapter import SGLD, sharding
 
+
+def sharded(module: nn.Module, **options: Any) -> nn.Module:
+    from opacus.utils.fsdp_utils import FSDP2Wrapper  # since Opacus 1.6
+
+    return FSDP2Wrapper(module, **options)
+
+
 COUNT, CLIP, RATE = 61, 0.8, 0.05
 RULES: dict[str, Any] = {
     "worst_case": WorstCase,
@@ -52,8 +58,8 @@ RULES: dict[str, Any] = {
 WRAPPERS: dict[str, Any] = {
     "ddp": DDP,
     "dpddp": DPDDP,
-    "fsdp": lambda module: FSDP2Wrapper(module),
-    "fsdp low": lambda module: FSDP2Wrapper(module, mp_policy=MixedPrecisionPolicy(torch.bfloat16)),
+    "fsdp": sharded,
+    "fsdp low": lambda module: sharded(module, mp_policy=MixedPrecisionPolicy(torch.bfloat16)),
     "fsdp ignored": lambda module: fully_shard(module, ignored_params={module[2].bias}),
     "none": lambda module: module,
 }
