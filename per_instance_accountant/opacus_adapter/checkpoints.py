@@ -138,7 +138,7 @@ def _random_state(optimizer: DPOptimizer) -> bytes:
         state = torch.cuda.get_rng_state(device)
     else:
         state = torch.get_rng_state()
-    return state.cpu().numpy().tobytes()
+    return state.numpy().tobytes()
 
 
 def _digest(state: bytes) -> bytes:

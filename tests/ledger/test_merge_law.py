@@ -55,10 +55,11 @@ def make_phase(charging: str, sampling: str = "poisson", **changes: Any) -> Phas
 
 
 @st.composite
-def steps(draw: Any, allowed: Sequence[int]) -> Step:
+def steps(draw: Any, allowed: Sequence[int], limits: Any) -> Step:
     positions = draw(st.lists(st.sampled_from(list(allowed)), unique=True)) if allowed else []
     norms = draw(st.lists(NORMS, min_size=len(positions), max_size=len(positions)))
-    return Step(positions=np.array(sorted(positions), np.int64), contributions=np.array(norms, np.float32))
+    drawn = np.array(sorted(positions), np.int64)
+    return Step(positions=drawn, contributions=np.minimum(np.array(norms, np.float32), limits[drawn]))
 
 
 @st.composite
@@ -69,12 +70,14 @@ def courses(draw: Any) -> list[Event]:
     filtered = draw(st.booleans()) and charging != "last_seen"
     if filtered:
         events.append(Filter(family="gaussian", orders=np.full(N, 2.0), budgets=np.full(N, 50.0)))
-    allowed, recorded = list(range(N)), 0
+    allowed, recorded, limits = list(range(N)), 0, np.ones(N, np.float32)
     for _ in range(draw(st.integers(1, 3))):
         events.append(make_phase(charging, noise_std=draw(st.sampled_from([1.0, 2.0]))))
         events.append(Thresholds(values=draw_thresholds(draw), source="sweep"))
+        # After a resume earlier thresholds may be in force again; under all of them nobody is above his own.
+        limits = np.minimum(limits, events[-1].values)
         count = draw(st.integers(0, 4))
-        events += [draw(steps(allowed)) for _ in range(count)]
+        events += [draw(steps(allowed, limits)) for _ in range(count)]
         recorded += count
         if filtered and draw(st.booleans()) and (leaving := draw(SOME)):
             leaving = [position for position in leaving if position in allowed]

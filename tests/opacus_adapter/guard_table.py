@@ -28,7 +28,7 @@ leaves a logical batch in its middle (`break`, an error) | its first parts enter
 skips a part of a logical batch (`continue`) | flags of later batches move by one | PIA002 | guards: an_unfinished_logical_batch
 changes the clip norm with ghost clipping | clips at the old norm, noise for the new one | both follow `optimizer.max_grad_norm` | stock: a_clip_schedule_with_ghost_clipping
 changes the clip norm with per-layer clipping | the same | layers are scaled to `optimizer.max_grad_norm` | stock: a_clip_schedule_with_per_layer_clipping
-changes clip norm or noise inside a logical batch | silent | PIA009 | guards: the_clip_norm_changes_inside_a_logical_batch
+changes clip norm or noise inside a logical batch | silent | PIA009 | guards: a_schedule_moves_inside_a_logical_batch
 feeds packed sequences to DPLSTM, DPGRU, DPRNN | rows of different instances are clipped together | PIA060 | stock: packed_sequences_in_recurrent_layers
 uses a weight outside of its layer | ghost: one instance is released above the clip norm | PIA090 with `verify=` | stock: a_weight_used_outside_of_its_layer
 leaves a trainable layer out of a pass | ghost: takes a norm of an earlier batch | PIA003 | stock: a_layer_that_a_pass_leaves_out
