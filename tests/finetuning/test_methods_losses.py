@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -30,14 +30,6 @@ from per_instance_accountant.finetuning.methods.regularisers import (
 from per_instance_accountant.finetuning.methods.sampling import Draws
 
 MODELS, COUNT, CLASSES = 2, 5, 4
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def network(seed: int, inputs: int = 6) -> nn.Module:

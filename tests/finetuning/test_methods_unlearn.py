@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -43,14 +43,6 @@ from per_instance_accountant.finetuning.methods.recipes import saliency_mask
 
 CLASSES, KEPT = 3, 60
 PLAIN = Schedule(steps=12, learning_rate=0.1, momentum=0.9, weight_decay=0.01, batch_size=64)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def network(seed: int = 0, normalised: bool = False) -> nn.Module:

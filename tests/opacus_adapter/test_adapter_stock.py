@@ -21,6 +21,7 @@ from per_instance_accountant.errors import AlignmentError, GuaranteeError, Unsup
 from per_instance_accountant.ledger import Phase
 from per_instance_accountant.opacus_adapter import PerInstanceAccountant, PrivacyEngine
 from per_instance_accountant.opacus_adapter.optimizers import OLD
+from tests.opacus_adapter.test_adapter_guards import Conditional
 
 CLIP = 0.8
 NOISELESS = {"noise_multiplier": 0.0, "max_grad_norm": CLIP}
@@ -240,17 +241,6 @@ def test_a_weight_used_outside_of_its_layer(start, stock):
     ours = single(start, PrivacyEngine(accountant="rdp", verify="first_step"), mode="ghost", module=Reusing())
     with pytest.raises(AlignmentError, match="PIA090"):
         ours.step(next(iter(ours.loader)))
-
-
-class Conditional(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.middle, self.last = nn.Linear(10, 8), nn.Linear(8, 8), nn.Linear(8, 3)
-        self.short = False
-
-    def forward(self, x):
-        hidden = torch.relu(self.first(x))
-        return self.last(hidden if self.short else torch.relu(self.middle(hidden)))
 
 
 def skipping(training):

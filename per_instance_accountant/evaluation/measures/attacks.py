@@ -9,13 +9,12 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from per_instance_accountant.errors import UsageError
-from per_instance_accountant.evaluation.measures.intervals import COVERAGE, finite, permuted, require
+from per_instance_accountant.evaluation.measures.intervals import COVERAGE, model_pairs, permuted
 from per_instance_accountant.evaluation.membership import AttackScore, area, null_interval
 from per_instance_accountant.evaluation.outcomes import outputs
 from per_instance_accountant.finetuning.methods import Ensemble, Instances
 
 Reals = NDArray[np.float64]
-_FEWEST = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -55,15 +54,7 @@ def u_lira(
     pair is left out together. Raises UsageError PIA071 for other shapes, PIA125 for fewer than 8
     models, GuaranteeError PIA011.
     """
-    first, second = finite(unlearned, "margins"), finite(oracle, "margins")
-    if first.ndim != 2 or first.shape != second.shape:
-        raise UsageError(
-            "PIA071",
-            f"margins of shapes {first.shape} and {second.shape}, expected the same (models, instances)",
-            "No attack was made",
-            "u_lira(margins(unlearned, forget), margins(oracle, forget))",
-        )
-    require(len(first), _FEWEST, "models on each side", "seeds=range(64)")
+    first, second = model_pairs(unlearned, oracle, call="u_lira", seeds=64)
     scores = _ratios(first, second), _ratios(second, first)
     score_in, score_out = scores[0], -scores[1]
 

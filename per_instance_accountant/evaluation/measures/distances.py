@@ -10,10 +10,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from per_instance_accountant.errors import UsageError
-from per_instance_accountant.evaluation.measures.intervals import finite, permuted, require
+from per_instance_accountant.evaluation.measures.intervals import model_pairs, permuted
 
 Reals = NDArray[np.float64]
-_FEWEST: Final = 8
 _CLIP: Final = 100.0
 _FLOOR: Final = 1e-5
 
@@ -32,19 +31,6 @@ class Distance:
         """Share of the instances above their null's 95 % quantile; about 0.05 when nothing is
         different."""
         return float((self.value > self.null_high).mean())
-
-
-def _sides(unlearned: ArrayLike, oracle: ArrayLike) -> tuple[Reals, Reals]:
-    first, second = finite(unlearned, "margins"), finite(oracle, "margins")
-    if first.ndim != 2 or first.shape != second.shape:
-        raise UsageError(
-            "PIA071",
-            f"margins of shapes {first.shape} and {second.shape}, expected the same (models, instances)",
-            "Unlearned and retrained models cannot be compared",
-            "klom(margins(unlearned, forget), margins(oracle, forget))",
-        )
-    require(len(first), _FEWEST, "models on each side", "seeds=range(100)")
-    return first, second
 
 
 def _with_null(statistic: object, first: Reals, second: Reals, draws: int, seed: int) -> Distance:
@@ -68,7 +54,7 @@ def klom(
     >>> float(klom(same, same).value[0])
     0.0
     """
-    first, second = _sides(unlearned, oracle)
+    first, second = model_pairs(unlearned, oracle, call="klom", seeds=100)
 
     def divergence(a: Reals, b: Reals) -> Reals:
         return histogram_divergence(a, b, bins)
@@ -108,7 +94,7 @@ def gaussian_renyi(unlearned: ArrayLike, oracle: ArrayLike, order: float) -> Rea
     >>> round(float(gaussian_renyi(a, a + 1.0, 2.0)[0]), 4)
     2.1333
     """
-    first, second = _sides(unlearned, oracle)
+    first, second = model_pairs(unlearned, oracle, call="gaussian_renyi", seeds=100)
     if not order > 1:
         raise UsageError(
             "PIA070", f"order is {order}", "No divergence has it", "gaussian_renyi(u, o, order=2.0)"
@@ -139,7 +125,7 @@ def variational_renyi(
     without limit. With 16 models it moves by 1 nat from draw to draw: read it against its null. Raises
     as :func:`klom`.
     """
-    first, second = _sides(unlearned, oracle)
+    first, second = model_pairs(unlearned, oracle, call="variational_renyi", seeds=100)
     if not order > 1:
         raise UsageError(
             "PIA070", f"order is {order}", "No divergence has it", "variational_renyi(u, o, order=2.0)"

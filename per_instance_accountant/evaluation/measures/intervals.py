@@ -13,7 +13,7 @@ from scipy.stats import t as student
 from per_instance_accountant.errors import GuaranteeError, UsageError
 
 Reals = NDArray[np.float64]
-FEWEST_SEEDS, FEWEST_POINTS = 3, 10
+FEWEST_SEEDS, FEWEST_POINTS, FEWEST_MODELS = 3, 10, 8
 COVERAGE = 0.95
 
 
@@ -54,6 +54,23 @@ def finite(values: ArrayLike, what: str) -> Reals:
             "look for the model that diverged, and train it with a smaller learning rate",
         )
     return array
+
+
+def model_pairs(unlearned: ArrayLike, oracle: ArrayLike, *, call: str, seeds: int) -> tuple[Reals, Reals]:
+    """Both sides (K, n) as float64, model k of both together. call, seeds: for the advice of the errors.
+
+    Raises UsageError PIA071 for other shapes, PIA125 for fewer than 8 models, GuaranteeError PIA011.
+    """
+    first, second = finite(unlearned, "margins"), finite(oracle, "margins")
+    if first.ndim != 2 or first.shape != second.shape:
+        raise UsageError(
+            "PIA071",
+            f"margins of shapes {first.shape} and {second.shape}, expected the same (models, instances)",
+            "Unlearned and retrained models cannot be compared",
+            f"{call}(margins(unlearned, forget), margins(oracle, forget))",
+        )
+    require(len(first), FEWEST_MODELS, "models on each side", f"seeds=range({seeds})")
+    return first, second
 
 
 def mean_interval(values: ArrayLike) -> Interval:
