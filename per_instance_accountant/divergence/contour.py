@@ -194,7 +194,7 @@ def _block(
     base = peak + np.log(total) + math.log(lattice[0][1] - lattice[0][0]) - _LOG_SQRT_2PI
     weight /= total[:, None]
     loss = -log_ratio if add else log_ratio
-    relative = _transform(weight, loss, spacing, count) if count > 1 else np.ones((a.size, 1), complex)
+    relative = fourier_sums(weight, loss, spacing, count) if count > 1 else np.ones((a.size, 1), complex)
     relative[:, 0] = 1.0
     tiny = np.abs(relative) < 1e-18
     log_moment = base[:, None] + np.log(np.where(tiny, 1e-18, relative))
@@ -239,7 +239,7 @@ def _rounding(q: float, a: Floats, z: Floats, log_ratio: Floats, weight: Floats,
     return np.asarray(4 * UNIT * (weight * each).sum(axis=1) * (1 + 1e-9))
 
 
-def _transform(weight: Floats, loss: Floats, spacing: float, count: int) -> NDArray[np.complex128]:
+def fourier_sums(weight: Floats, loss: Floats, spacing: float, count: int) -> NDArray[np.complex128]:
     """``sum weight exp(i spacing m loss)``, m = 0 .. count - 1, (b, count): losses on a ring of bins,
     powers of the distances from their centres, one Fourier transform for each power."""
     size = 2 ** math.ceil(math.log2(2 * count))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Final
@@ -28,15 +28,13 @@ from per_instance_accountant.divergence.sampled_gaussian import sampled_gaussian
 Floats = NDArray[np.float64]
 Levels = tuple[Floats, Floats]
 """Sample rates and ratios, (k,) each."""
+Known = tuple[Floats, NDArray[np.bool_]]
+"""Of one direction: (n,) certified values or inf, and whether nothing better is wanted."""
 
 _LADDER: Final = 2.0 ** (np.arange(-18, 41) / 3)
 """The abscissas that are used."""
-_NODES: Final = (36, 144, 1024, 8100, 32400)
+_NODES: Final = (36, 144, 1024)
 """Nodes by effort; squares."""
-_BLURRED: Final = 3
-"""From this effort on a Gaussian step of negligible size is composed, which bounds the rest."""
-_BLUR_TO: Final = 1e-7
-"""What the Gaussian step leaves of what lies beyond the nodes."""
 _EDGES: Final = np.append(1.6 ** np.arange(33), np.inf)
 """Blocks of frequencies beyond the nodes, relative to the first one left out."""
 _CHERNOFF: Final = _LADDER * np.log(_LADDER) - (1 + _LADDER) * np.log1p(_LADDER)
@@ -44,16 +42,10 @@ _CHERNOFF: Final = _LADDER * np.log(_LADDER) - (1 + _LADDER) * np.log1p(_LADDER)
 _GROUP: Final = 8
 """Levels tabulated together, whichever of them a run uses: tables then serve later runs bit for bit."""
 _CACHED_BYTES: Final = 1 << 28
-_FEW_LEVELS: Final = 24
-"""Up to so many levels the tables of the last effort are worth their seconds."""
 _AT_ONCE: Final = 1 << 22
 """Amplitudes held at once."""
 _ATTEMPTS: Final = 10
-_COSTLY: Final = 6
-"""Attempts with such a step."""
 _WASTE: Final = 4e-6
-_WASTE_OF_MANY: Final = 1e-4
-"""The same where the next effort would need costly tables of many levels."""
 _ALIAS: Final = 3e-5
 """A bound is tight enough when what was added changed it, and an alias delta, by no more than this,
 relatively."""
@@ -104,7 +96,7 @@ class Tail:
 def make_tail(
     counts: Floats, levels: Levels, abscissa: float, depth: float, effort: int, *, add: bool
 ) -> Tail:
-    """The bound on one line for runs with counts (n, k); depth: about ``-log delta``; effort: 0 .. 4."""
+    """The bound on one line for runs with counts (n, k); depth: about ``-log delta``; effort: 0 .. 2."""
     count = _NODES[effort]
     used = np.flatnonzero((counts > 0).any(axis=0))
     counts = counts[:, used]
@@ -114,16 +106,10 @@ def make_tail(
     decay = counts @ line.log_decay(edges)
     # sum of spacing / w^2 over the nodes from an edge on is at most 1 / (edge - spacing).
     share = 1 / (math.pi * (edges[:-1] - spacing))
-    blur = 0.0
-    if effort >= _BLURRED:
-        # Where hardly any loss is above 0, delta is that small beside the moment.
-        left = _BLUR_TO * (math.exp(-depth) if (counts @ line.log_moment[:, 0].real).max() < 1 else 1.0)
-        blur = 2 * math.log(max((np.exp(decay) @ share).max() / left, 1.0)) / edges[0] ** 2
     log_moment = (counts @ line.log_moment.real) + 1j * (counts @ line.log_moment.imag)
-    log_moment += 0.5 * blur * (nodes * nodes + nodes)
     log_scale = log_moment[:, 0].real.copy()
     weight = np.where(nodes.imag > 0, spacing / math.pi, spacing / (2 * math.pi)) / (nodes * (nodes + 1))
-    truncated = np.exp(decay - 0.5 * blur * edges[:-1] ** 2) @ share
+    truncated = np.exp(decay) @ share
     size = counts @ np.abs(line.log_moment).max(axis=1) + 4 * depth * abs(nodes[-1]) / abscissa + 64
     # Sums over the levels, and over the nodes in two stages of at most the root of their number.
     inexact = np.expm1(counts @ line.error + 4 * UNIT * (used.size + 2 * math.isqrt(count) + 16) * size)
@@ -134,7 +120,6 @@ def make_tail(
         amplitude=np.exp(log_moment - log_scale[:, None]) * weight,
         log_scale=log_scale,
         added=(truncated + inexact * np.abs(weight).sum()) * (1 + 1e-9),
-        blur=blur,
     )
 
 
@@ -188,76 +173,49 @@ def _ladder(rates: bytes, ratios: bytes, add: bool) -> Floats:
     return np.clip(np.nan_to_num(values, nan=_HUGE, posinf=_HUGE), 0.0, _HUGE)
 
 
-def smallest_epsilon(
-    counts: Floats,
-    levels: Levels,
-    start: Floats,
-    log_delta: float,
-    known: tuple[Floats, NDArray[np.bool_]],
-) -> Floats:
-    """(n,) certified epsilons at most ``start``, inf where none was found; the larger of both
-    directions.
+def line_epsilons(
+    counts: Floats, levels: Levels, start: Floats, log_delta: float, floor: Floats, *, add: bool
+) -> Known:
+    """(n,) certified epsilons of one direction at most ``start``, inf where none was found.
 
-    known: what is certified of the direction "remove", and where nothing better is wanted.
+    floor: (n,) what need not be undercut.
     """
-    depth, floor = np.full_like(start, -log_delta), np.zeros_like(start)
-    for add in (False, True):
-        todo = np.flatnonzero(_largest_loss(counts, levels[0]) > floor if add else ~known[1])
-        if not add:
-            floor = np.where(known[1], known[0], floor)
-        if not todo.size:
-            continue
-        search = _Search(counts[todo], levels, depth[todo], add=add)
-        low, high = floor[todo], start[todo]
+    search = _Search(counts, levels, np.full_like(start, -log_delta), add=add)
 
-        def solve(tail: Tail, rows: NDArray[np.intp], low: Floats = low, high: Floats = high) -> _Found:
-            return _epsilons(tail, high[rows], low[rows], log_delta)
+    def solve(tail: Tail, rows: NDArray[np.intp]) -> _Found:
+        return _epsilons(tail, start[rows], floor[rows], log_delta)
 
-        chernoff = (search.moments + _CHERNOFF - log_delta) / _LADDER
-        rung = np.where(low > 0, _saddle(search.moments, low), chernoff.argmin(axis=1))
-        first = np.maximum(chernoff.min(axis=1) * (1 + 1e-12), 0.0)
-        first = np.minimum(first, _largest_loss(counts[todo], levels[0]) if add else known[0][todo])
-        floor[todo] = np.maximum(low, search.run(rung, first, low, solve))
-    return floor
+    chernoff = (search.moments + _CHERNOFF - log_delta) / _LADDER
+    rung = np.where(floor > 0, _saddle(search.moments, floor), chernoff.argmin(axis=1))
+    first = np.maximum(chernoff.min(axis=1) * (1 + 1e-12), 0.0)
+    if add:
+        first = np.minimum(first, largest_loss(counts, levels[0]))
+    return search.run(rung, first, floor, solve)
 
 
-def tail_delta(
-    counts: Floats, levels: Levels, start: Floats, epsilon: float, known: tuple[Floats, NDArray[np.bool_]]
-) -> Floats:
-    """(n,) certified deltas at ``epsilon``, inf where none was found; the larger of both directions.
-
-    start: (n,) upper bounds, for the choice of the nodes. known: as in :func:`smallest_epsilon`.
-    """
+def line_deltas(
+    counts: Floats, levels: Levels, start: Floats, epsilon: float, floor: Floats, *, add: bool
+) -> Known:
+    """(n,) certified deltas of one direction at ``epsilon``. start: (n,) upper bounds, for the choice of the
+    nodes."""
 
     def solve(tail: Tail, rows: NDArray[np.intp]) -> _Found:
         target = np.full(rows.size, epsilon)
         log_value, _, share = tail.at(target)
         value = np.exp(log_value + 1e-11)
         value = np.where(np.isfinite(value), np.maximum(value, np.nextafter(0.0, 1.0)), np.inf)
-        waste = share + tail.shift * tail.abscissa
-        return _Found(value=value, epsilon=target, log_delta=log_value, waste=waste)
+        return _Found(value=value, epsilon=target, log_delta=log_value, waste=share)
 
     # Powers of 2, so that few tables are made.
     depth = 2.0 ** np.ceil(np.log2(5 - np.log(np.maximum(start, 1e-290))))
-    floor = np.zeros_like(start)
-    for add in (False, True):
-        todo = np.flatnonzero(_largest_loss(counts, levels[0]) > epsilon if add else ~known[1])
-        if not add:
-            floor = np.where(known[1], known[0], floor)
-        if not todo.size:
-            continue
-        search = _Search(counts[todo], levels, depth[todo], add=add)
-        chernoff = (search.moments - epsilon * _LADDER + _CHERNOFF).min(axis=1)
-        first = np.exp(np.minimum(chernoff + 1e-12 * np.abs(chernoff) + 1e-11, 0.0))
-        first = np.maximum(first, np.nextafter(0.0, 1.0))
-        if not add:
-            first = np.minimum(first, known[0][todo])
-        rung = _saddle(search.moments, np.full(todo.size, epsilon))
-        floor[todo] = np.maximum(floor[todo], search.run(rung, first, floor[todo], solve))
-    return floor
+    search = _Search(counts, levels, depth, add=add)
+    chernoff = (search.moments - epsilon * _LADDER + _CHERNOFF).min(axis=1)
+    first = np.exp(np.minimum(chernoff + 1e-12 * np.abs(chernoff) + 1e-11, 0.0))
+    rung = _saddle(search.moments, np.full(start.size, epsilon))
+    return search.run(rung, np.maximum(first, np.nextafter(0.0, 1.0)), floor, solve)
 
 
-def _largest_loss(counts: Floats, rates: Floats) -> Floats:
+def largest_loss(counts: Floats, rates: Floats) -> Floats:
     """(n,) what no loss of the direction "add" exceeds, rounded up, because r is at least 1 - q."""
     with np.errstate(divide="ignore"):
         each = np.where(rates < 1, -np.log1p(-rates), _HUGE)
@@ -286,49 +244,46 @@ class _Search:
 
     def __init__(self, counts: Floats, levels: Levels, depth: Floats, *, add: bool) -> None:
         self.counts, self.levels, self.depth, self.add = counts, levels, depth, add
-        self.last = len(_NODES) - (1 if levels[0].size <= _FEW_LEVELS else 2)
         self.moments = counts @ _ladder(levels[0].tobytes(), levels[1].tobytes(), add)
 
-    def run(self, rung: NDArray[np.int64], first: Floats, floor: Floats, solve: Solve) -> Floats:
+    def run(self, rung: NDArray[np.int64], first: Floats, floor: Floats, solve: Solve) -> Known:
         """(n,) smallest value that the lines tried certify; ``first``: values certified before.
 
         A run whose value is at most its ``floor`` is not looked at any more.
         """
         result, effort = first, np.zeros(rung.size, dtype=np.int64)
-        costly = np.zeros(rung.size, dtype=np.int64)
-        pending = np.flatnonzero(result > floor)
+        settled = result <= floor
+        pending = np.flatnonzero(~settled)
         for _ in range(_ATTEMPTS):
             keys = np.stack([rung[pending], effort[pending], self.depth[pending]], axis=1)
             kinds, place = np.unique(keys, axis=0, return_inverse=True)
             for j, (height, work, depth) in enumerate(kinds):
                 rows = pending[place.ravel() == j]
                 c = float(_LADDER[int(height)])
-                costly[rows] += int(work) >= _BLURRED
                 for part in np.array_split(rows, math.ceil(rows.size * _NODES[int(work)] / _AT_ONCE)):
                     tail = make_tail(self.counts[part], self.levels, c, float(depth), int(work), add=self.add)
                     found = solve(tail, part)
                     result[part] = np.minimum(result[part], found.value)
-                    rung[part], effort[part] = self._next(part, tail, found, int(height), int(work))
-            open_runs = (effort[pending] <= self.last) & (rung[pending] >= 0) & (costly[pending] < _COSTLY)
-            pending = pending[open_runs & (result[pending] > floor[pending])]
-        return result
+                    rung[part], effort[part], tight = self._next(part, tail, found, int(height), int(work))
+                    settled[part] = tight | (result[part] <= floor[part])
+            pending = pending[~settled[pending] & (effort[pending] < len(_NODES)) & (rung[pending] >= 0)]
+        return result, settled
 
     def _next(
         self, rows: NDArray[np.intp], tail: Tail, found: _Found, rung: int, effort: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Rung and effort to try next; an effort beyond the last one: nothing is left to gain."""
-        last = self.last
-        many = effort + 1 >= _BLURRED and last < len(_NODES) - 1
-        loose, known = ~(found.waste <= (_WASTE_OF_MANY if many else _WASTE)), np.isfinite(found.epsilon)
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+        """Rung and effort to try next, an effort beyond the last one where this line has nothing to gain; and
+        whether the bound is tight."""
+        last = len(_NODES) - 1
+        loose, known = ~(found.waste <= _WASTE), np.isfinite(found.epsilon)
         # An alias raises epsilon by about its share over the abscissa.
         aliased = ~(self._alias(rows, tail, found) <= _ALIAS * min(1.0, tail.abscissa))
         saddle = _saddle(self.moments[rows], np.where(known, found.epsilon, 0.0))
         lower = np.where(aliased, np.minimum(rung - 1, saddle), saddle)
         goal = np.where(known, lower, rung - 4)
-        more = np.minimum(effort + loose, last)
-        settled = np.isfinite(found.value) & ~aliased & (~loose | ((effort == last) & (goal >= rung)))
-        stuck = (goal >= rung) & (effort == last) & loose
-        return np.where(stuck, rung - 2, goal), np.where(settled, last + 1, more)
+        stuck = (goal >= rung) & loose & (effort == last)
+        more = np.where(stuck, last + 1, np.minimum(effort + loose, last))
+        return goal, more, np.isfinite(found.value) & ~aliased & ~loose
 
     def _alias(self, rows: NDArray[np.intp], tail: Tail, found: _Found) -> Floats:
         """Upper bound of the first alias on the right relative to delta."""

@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from per_instance_accountant.divergence.contour import UNIT
 from per_instance_accountant.divergence.conversions import rdp_to_delta, rdp_to_epsilon
 from per_instance_accountant.divergence.gaussian import gaussian_delta, gaussian_epsilon
-from per_instance_accountant.divergence.jumps import jump_deltas, jump_epsilons
+from per_instance_accountant.divergence.jumps import is_rare, parted_deltas, parted_epsilons
 from per_instance_accountant.divergence.orders import (
     DEFAULT_ORDERS,
     as_float_array,
@@ -33,9 +33,17 @@ from per_instance_accountant.divergence.orders import (
     bad_argument,
 )
 from per_instance_accountant.divergence.sampled_gaussian import sampled_gaussian_rdp
-from per_instance_accountant.divergence.tails import Levels, smallest_epsilon, tail_delta
+from per_instance_accountant.divergence.tails import (
+    Known,
+    Levels,
+    largest_loss,
+    line_deltas,
+    line_epsilons,
+)
 
 Floats = NDArray[np.float64]
+
+_Method = Callable[[Floats, Levels, Floats, Floats, bool], Known]
 
 _ORDERS: Final = np.array(DEFAULT_ORDERS)
 _CHUNK: Final = 4096
@@ -110,11 +118,13 @@ def sampled_gaussian_epsilon(
         best = _by_rdp(runs, lambda rdp: rdp_to_epsilon(_ORDERS, rdp, probability))
         best = np.minimum(best, gaussian_epsilon(runs.mu, probability))
 
-        def epsilons(counts: Floats, levels: Levels, start: Floats) -> Floats:
-            known = jump_epsilons(counts, levels, log_delta)
-            return smallest_epsilon(counts, levels, start, log_delta, known)
+        def parted(counts: Floats, levels: Levels, start: Floats, floor: Floats, add: bool) -> Known:
+            return parted_epsilons(counts, levels, log_delta, floor, add=add)
 
-        result = _improved(runs, best, epsilons)
+        def whole(counts: Floats, levels: Levels, start: Floats, floor: Floats, add: bool) -> Known:
+            return line_epsilons(counts, levels, start, log_delta, floor, add=add)
+
+        result = _improved(runs, best, (parted, whole), None)
     if probability < 1:
         result = np.where(runs.infinite, np.inf, np.where(costs, result, 0.0))
     return float(result[0]) if single else result
@@ -141,10 +151,13 @@ def sampled_gaussian_delta(
         best = _by_rdp(runs, lambda rdp: rdp_to_delta(_ORDERS, rdp, target))
         best = np.minimum(best, gaussian_delta(runs.mu, target))
 
-        def deltas(counts: Floats, levels: Levels, start: Floats) -> Floats:
-            return tail_delta(counts, levels, start, target, jump_deltas(counts, levels, target))
+        def parted(counts: Floats, levels: Levels, start: Floats, floor: Floats, add: bool) -> Known:
+            return parted_deltas(counts, levels, target, floor, add=add)
 
-        result = _improved(runs, best, deltas)
+        def whole(counts: Floats, levels: Levels, start: Floats, floor: Floats, add: bool) -> Known:
+            return line_deltas(counts, levels, start, target, floor, add=add)
+
+        result = _improved(runs, best, (parted, whole), target)
     result = np.where(runs.infinite, 1.0, np.where(costs, result, 0.0))
     return float(result[0]) if single else result
 
@@ -168,12 +181,37 @@ def _rdp_table(rates: bytes, ratios: bytes) -> Floats:
     return np.where(np.isfinite(table), table, 1e300)
 
 
-def _improved(runs: _Runs, best: Floats, solve: Callable[[Floats, Levels, Floats], Floats]) -> Floats:
+def _improved(runs: _Runs, best: Floats, methods: tuple[_Method, _Method], epsilon: float | None) -> Floats:
     """The smaller of ``best`` and what the contours certify, (n,)."""
     result = best.copy()
     todo = np.flatnonzero((best > 0) & ~runs.infinite)
     if todo.size and runs.ratios.max() <= _LARGEST_RATIO:
         for part in np.array_split(todo, math.ceil(todo.size / _CHUNK)):
-            certified = solve(runs.counts[part], (runs.rates, runs.ratios), best[part])
+            levels = runs.rates, runs.ratios
+            certified = _both_directions(runs.counts[part], levels, best[part], methods, epsilon)
             result[part] = np.minimum(result[part], certified)
     return result
+
+
+def _both_directions(
+    counts: Floats,
+    levels: Levels,
+    start: Floats,
+    methods: tuple[_Method, _Method],
+    epsilon: float | None,
+) -> Floats:
+    """(n,) certified values, the larger of both directions. epsilon: at which deltas are asked."""
+    parted, whole = methods
+    rare, floor = is_rare(counts, levels), np.zeros(len(counts))
+    for add in (False, True):
+        least = floor if epsilon is None else np.full(len(counts), epsilon)
+        # No loss of "add" exceeds the largest one: where that is no more than this, nothing is computed.
+        asked = largest_loss(counts, levels[0]) > least if add else np.full(len(counts), True)
+        value, tight = np.where(asked, np.inf, 0.0), ~asked
+        for method, of_rare, of_others in ((parted, True, False), (whole, True, True), (parted, False, True)):
+            rows = np.flatnonzero(~tight & np.where(rare, of_rare, of_others))
+            if rows.size:
+                found, enough = method(counts[rows], levels, start[rows], floor[rows], add)
+                value[rows], tight[rows] = np.minimum(value[rows], found), enough
+        floor = np.maximum(floor, value)
+    return floor
