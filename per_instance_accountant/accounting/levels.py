@@ -3,6 +3,7 @@ epsilon."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -18,6 +19,8 @@ _BINS: Final = 8192
 _DECADES: Final = 4.0
 """Ratios below 10^-_DECADES of the largest share one level."""
 _CHUNK: Final = 4096
+_AT_ONCE: Final = 1 << 24
+"""Levels of instances at spans held at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -46,15 +49,22 @@ def tight_epsilon(spans: tuple[Span, ...], delta: float) -> Floats:
     starts = np.cumsum([0, *(grid.size for grid in grids)])
     all_rates = np.repeat(rates, [grid.size for grid in grids])
     all_levels = np.concatenate(grids) if grids else np.empty(0)
-    result = np.empty(size)
-    for start in range(0, size, _CHUNK):
-        part = slice(start, min(start + _CHUNK, size))
-        counts = np.zeros((part.stop - start, all_levels.size))
-        rows = np.arange(counts.shape[0])
-        for span in spans:
-            which = rates.index(span.sample_rate)
-            counts[rows, starts[which] + _rounded_up(grids[which], span.ratios[part])] += span.steps
-        result[part] = sampled_gaussian_epsilon(all_rates, all_levels, counts, delta)
+    places = [rates.index(span.sample_rate) for span in spans]
+    result = np.zeros(size)
+    for part in np.array_split(np.arange(size), math.ceil(size * len(spans) / _AT_ONCE)) if size else ():
+        columns = [
+            starts[place] + _rounded_up(grids[place], span.ratios[part])
+            for place, span in zip(places, spans, strict=True)
+        ]
+        # Instances with the same levels at all steps have the same epsilon.
+        kinds, kind = np.unique(np.stack(columns, axis=1), axis=0, return_inverse=True)
+        found = np.empty(len(kinds))
+        for some in np.array_split(np.arange(len(kinds)), math.ceil(len(kinds) / _CHUNK)):
+            counts, rows = np.zeros((some.size, all_levels.size)), np.arange(some.size)
+            for span, column in zip(spans, kinds[some].T, strict=True):
+                counts[rows, column] += span.steps
+            found[some] = sampled_gaussian_epsilon(all_rates, all_levels, counts, delta)
+        result[part] = found[kind.ravel()]
     return result
 
 

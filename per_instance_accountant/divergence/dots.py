@@ -26,9 +26,10 @@ Floats = NDArray[np.float64]
 COARSE: Final = 16
 """Cells that make a coarse one; cuts are at the ends of coarse cells."""
 _START: Final = -8.0
-_WIDEST: Final = 0.02
+_WIDEST: Final = 0.015
 _WIDEST_LOSS: Final = 0.005
-_MOST: Final = 100_000
+"""Widths of fine cells, in z and, up to a loss of 30, in the loss."""
+_MOST: Final = 1 << 16
 _LARGEST_EXPONENT: Final = 690.0
 
 
@@ -55,25 +56,59 @@ def place_of(loss: Floats | float, q: Floats | float, a: Floats | float) -> Floa
 
 
 def cells_below(loss: float, q: float, a: float) -> int:
-    """How many fine cells of the direction "remove" end at or below ``loss``, up to whole coarse ones, but one
-    of these at least."""
-    width = COARSE * _width(a)
-    return COARSE * max(1, math.ceil((float(place_of(loss, q, a)) - _START) / width))
+    """Fine cells of the direction "remove" that end at or below ``loss``, up to whole coarse ones, at least
+    one."""
+    return _whole(float(place_of(loss, q, a)), q, a)
 
 
 def representable(q: float, a: float, top: float) -> bool:
     """Whether losses up to ``top`` have dots: sampled, not too many of them, and nothing overflows."""
-    return q < 1 and top - math.log(q) < _LARGEST_EXPONENT - 2 * a and cells_below(top, q, a) < _MOST
+    if not (q < 1 and top - math.log(q) < _LARGEST_EXPONENT - 2 * a):
+        return False
+    z = float(place_of(top, q, a))
+    return _reached(z, a) <= _MOST and _whole(z, q, a) <= _MOST
 
 
-def _width(a: float) -> float:
-    return min(_WIDEST, _WIDEST_LOSS / a)
+def _reached(z: float, a: float) -> int:
+    """Reference points up to z and a coarse cell more, a power of 2."""
+    return int(2 ** math.ceil(math.log2((z + COARSE * _WIDEST - _START) / _reference(a) + 2)))
+
+
+def _reference(a: float) -> float:
+    return min(0.01, 0.1 / a)
+
+
+@lru_cache(maxsize=512)
+def _counted(q: float, a: float, size: int) -> tuple[Floats, Floats]:
+    """Reference points, and how many fine cells lie on their left. Cells are narrow where the loss grows
+    fast. More points repeat the first ones."""
+    z = _START + _reference(a) * np.arange(size)
+    exponent = a * z - a * a / 2
+    loss = np.logaddexp(math.log1p(-q), math.log(q) + exponent)
+    growth = a * np.exp(np.minimum(exponent + math.log(q) - loss, 0.0))
+    wanted = _WIDEST_LOSS * np.maximum(1.0, loss / 30) / growth
+    widest = min(_WIDEST, max(2 * _WIDEST_LOSS / a, _WIDEST / 6))
+    density = 1 / np.minimum(widest, wanted)
+    return np.asarray(z, np.float64), np.concatenate(
+        [[0.0], np.cumsum((density[1:] + density[:-1]) / 2) * _reference(a)]
+    )
+
+
+def _whole(z: float, q: float, a: float) -> int:
+    """Fine cells up to z, rounded up to whole coarse ones."""
+    return COARSE * max(1, math.ceil(np.interp(z, *_counted(q, a, _reached(z, a))) / COARSE))
+
+
+def _ends(z: float, q: float, a: float, cells: int) -> Floats:
+    """Ends of the cells up to z, ``cells`` fine ones at a time."""
+    points, number = _counted(q, a, _reached(z, a))
+    return np.interp(np.arange(0, _whole(z, q, a) + 1, cells), number, points)
 
 
 @lru_cache(maxsize=128)
 def removal(q: float, a: float, top: float, cells: int) -> Dots:
     """Dots of the mixture against N(0, 1) up to about ``top``; cells: fine ones in each."""
-    z = _START + cells * _width(a) * np.arange(cells_below(top, q, a) // cells + 1)
+    z = _ends(float(place_of(top, q, a)), q, a, cells)
     exponent, plain, moved, doubt_plain, doubt_moved = _cell_masses(z, a)
     odds = np.exp(exponent[:-1])
     loss, slack, width = _losses(q, a, z, exponent)
@@ -88,8 +123,7 @@ def removal(q: float, a: float, top: float, cells: int) -> Dots:
 @lru_cache(maxsize=128)
 def addition(q: float, a: float, cells: int) -> Dots:
     """Dots of N(0, 1) against the mixture; cells: fine ones in each."""
-    count = COARSE * math.ceil(-2 * _START / _width(a) / COARSE)
-    z = _START + cells * _width(a) * np.arange(count // cells + 1)
+    z = _ends(-_START, q, a, cells)
     exponent, plain, moved, doubt_plain, doubt_moved = _cell_masses(z, a)
     odds = np.exp(np.minimum(-exponent[1:], _LARGEST_EXPONENT))
     loss, slack, _ = _losses(q, a, z, exponent)

@@ -45,7 +45,7 @@ class Part:
     jumps: bool
 
     def dots(self, cells: int) -> tuple[Floats, Floats]:
-        """Losses and masses, from dots that are ``cells`` fine ones apart. In the direction "add" all is rest."""
+        """Losses and masses, from dots ``cells`` fine ones apart. In the direction "add" all is rest."""
         if self.add:
             found = addition(self.rate, self.ratio, cells)
             return found.part(0, 0 if self.jumps else found.masses.shape[1])
@@ -132,7 +132,9 @@ def _tabulate(part: Part, nodes: tuple[float, float, int]) -> Line:
     return Line(rest=rest, base=base, error_rest=error, jumps=steps, error_jumps=wrong)
 
 
-def _transform(loss: Floats, mass: Floats, nodes: tuple[float, float, int]) -> tuple[Amplitudes, float, float]:
+def _transform(
+    loss: Floats, mass: Floats, nodes: tuple[float, float, int]
+) -> tuple[Amplitudes, float, float]:
     """``sum mass exp(s loss)`` relative to its value at the abscissa; the logarithm of that; the error."""
     abscissa, spacing, count = nodes
     kept = mass > 0

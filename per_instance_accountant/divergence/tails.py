@@ -14,10 +14,10 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +50,18 @@ _ALIAS: Final = 3e-5
 """A bound is tight enough when what was added changed it, and an alias delta, by no more than this,
 relatively."""
 _HUGE: Final = 1e300
+
+
+class Curve(Protocol):
+    """An upper bound of ``log delta`` as a function of epsilon, for n runs."""
+
+    @property
+    def shift(self) -> float:
+        """By about how much epsilon is larger than it need be, whatever was added."""
+
+    def at(self, epsilon: Floats) -> tuple[Floats, Floats, Floats]:
+        """log delta, its slope in epsilon, and the share of delta that was added; epsilon (n,), each
+        (n,)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -303,7 +315,7 @@ def _epsilons(tail: Tail, start: Floats, floor: Floats, log_delta: float) -> _Fo
     return _Found(value=epsilon, epsilon=guess, log_delta=np.full(start.size, log_delta), waste=waste)
 
 
-def invert(tail: Tail, start: Floats, floor: Floats, log_delta: float) -> tuple[Floats, Floats]:
+def invert(tail: Curve, start: Floats, floor: Floats, log_delta: float) -> tuple[Floats, Floats]:
     """An epsilon in [0, start] at which the tail was seen not to exceed delta, else inf; (n,).
 
     Close to the smallest one, or at most ``floor``.
