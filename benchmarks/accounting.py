@@ -255,12 +255,54 @@ def peer_figures(quick: bool) -> dict[str, Figure]:
     }
 
 
+def rare_figures(quick: bool) -> dict[str, Figure]:
+    """Runs in which hardly any draw is expected, at fixed thresholds as an audit meets them."""
+    from dp_accounting.pld import privacy_loss_distribution as pld
+
+    size = 2000 if quick else 50_000
+    ratios = np.clip(np.exp(np.random.default_rng(4).normal(-1.6, 0.9, size)), 1e-3, 1).astype(np.float32)
+    figures: dict[str, Figure] = {}
+    for rate, steps, delta in ((1e-3, 500, 1e-5), (1e-4, 2000, 1e-8)):
+        span = (Span(steps=steps, sample_rate=rate, ratios=ratios),)
+        cold = seconds(lambda span=span, delta=delta: tight_epsilon(span, delta), 1)
+        warm = seconds(lambda span=span, delta=delta: tight_epsilon(span, delta))
+        levels = np.geomspace(0.01, 1, 192)
+        counts = np.eye(192) * steps
+        each = seconds(lambda: sampled_gaussian_epsilon(rate, levels, counts, delta), 1)  # noqa: B023
+        each = seconds(lambda: sampled_gaussian_epsilon(rate, levels, counts, delta)) / 192  # noqa: B023
+        tight = sampled_gaussian_epsilon(rate, levels, counts, delta)
+        curves = steps * sampled_gaussian_rdp(rate, levels, DEFAULT_ORDERS)
+        above = []
+        for j in (40, 110, 191):
+            law = pld.from_gaussian_mechanism(
+                1 / levels[j],
+                sampling_prob=rate,
+                value_discretization_interval=min(1e-4, tight[j] / 300),
+                use_connect_dots=True,
+            )
+            above.append(tight[j] - law.self_compose(steps).get_epsilon_for_delta(delta))
+        key = f"rare_{rate * steps:g}_draws_delta_{delta:g}"
+        kept = tight >= rdp_to_epsilon(DEFAULT_ORDERS, curves, delta) * (1 - 1e-9)
+        figures |= {
+            f"{key}_audit_of_{size}_cold_s": Figure(value=cold),
+            f"{key}_audit_ms_per_instance": Figure(value=warm / size * 1e3, target=0.15),
+            f"{key}_distinct_runs_ms_each": Figure(value=each * 1e3),
+            f"{key}_above_dp_accounting": Figure(value=float(max(above)), target=1e-4),
+            f"{key}_fallback_share": Figure(value=float(kept.mean()), target=0.01),
+        }
+    return figures
+
+
 def main() -> None:
     warnings.filterwarnings("ignore")
     options = arguments(__doc__)
     # The fold comes first: its peak memory must not count what the peers import.
     figures = (
-        fold_figures(options.quick) | excess_figures() | odometer_figures() | peer_figures(options.quick)
+        fold_figures(options.quick)
+        | excess_figures()
+        | odometer_figures()
+        | rare_figures(options.quick)
+        | peer_figures(options.quick)
     )
     report("accounting", figures, options.format)
 

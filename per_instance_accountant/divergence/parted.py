@@ -107,7 +107,10 @@ class Runs:
         for jumps, (rung, nodes, turns) in enumerate(lines.reshape(2, 3)):
             logs, c = self.logs[jumps][rows, int(rung)], float(RUNGS[int(rung)])
             if nodes == 0:
-                chernoffs.append((logs + RUNG_COSTS[int(rung)], np.full(rows.size, c)))
+                height = logs + RUNG_COSTS[int(rung)]
+                # Height and slope may cancel to far less than either.
+                room = 32 * UNIT * np.where(np.isfinite(height), 1 + np.abs(height), 0.0)
+                chernoffs.append((height + room, np.full(rows.size, c)))
                 continue
             spacing = 2 * math.pi * c / float(turns)
             excess = float((logs - c * at - math.log(c) - goal).max())

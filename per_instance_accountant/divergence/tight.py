@@ -99,7 +99,7 @@ def sampled_gaussian_epsilon(
     sample_rate: in [0, 1], one number or (k,). ratios: (k,) sensitivity / noise std in [0, inf].
     counts: (n, k) or (k,), whole numbers: run i takes ``counts[i, j]`` steps at level j, in any
     order. Returns (n,) or a float. Never below the exact value of either direction (add, remove),
-    never above the conversion of the run's RDP; usually within 1e-5 of the exact value. Exact (Balle
+    never above the conversion of the run's RDP; usually within 2e-5 of the exact value. Exact (Balle
     and Wang 2018) where every step is unsampled. Our derivation, docs/math/tight_epsilon.md. Raises
     UsageError PIA070 or PIA071.
 
