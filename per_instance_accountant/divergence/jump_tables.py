@@ -30,7 +30,7 @@ RUNG_COSTS: Final = RUNGS * np.log(RUNGS) - (1 + RUNGS) * np.log1p(RUNGS)
 _CUT: Final = 45.0
 _FAINT: Final = 1e-18
 _TRANSFORM: Final = 1200
-_CACHED_BYTES: Final = 1 << 28
+_CACHED_BYTES: Final = 3 << 28
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

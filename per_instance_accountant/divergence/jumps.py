@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy.special import log_ndtr, ndtr
 
 from per_instance_accountant.divergence.dots import place_of, representable
-from per_instance_accountant.divergence.parted import SMALL, Runs, Total, enough
+from per_instance_accountant.divergence.parted import Runs, Total, enough
 from per_instance_accountant.divergence.tails import Known, Levels, invert
 
 Floats = NDArray[np.float64]
@@ -30,6 +30,8 @@ _TOPS: Final[Floats] = np.exp2(_OCTAVES)
 """Losses at which parts are cut: 2e-7 to 512. Few of them, so that few tables are made."""
 _GRID: Final = 2.0 ** (np.arange(-88, 37) / 4)
 """Epsilons at which the first guess is looked up."""
+_BEYOND_TOP: Final = 1e-5
+"""What may count as an infinite loss, relative to delta."""
 _AT_ONCE: Final = 1 << 20
 """Amplitudes held at once."""
 _ATTEMPTS: Final = 6
@@ -57,9 +59,10 @@ class _Epsilon:
         return np.minimum(at, 0.9 * np.maximum(runs.chernoff_epsilon(goal), _GRID[0])), goal
 
     def solve(self, total: Total, at: Floats, goal: Floats, floor: Floats) -> _Solved:
-        epsilon, waste = invert(total, 4 * at, floor, self.log_delta)
+        epsilon = invert(total, 4 * at, floor, self.log_delta)[0]
         known = np.where(np.isfinite(epsilon), epsilon, 2 * at)
-        return epsilon, known, goal, waste * np.clip(known, 1e-4, 2.0)
+        _, slope, share = total.at(known)
+        return epsilon, known, goal, _raised(total, slope, share)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,8 +83,13 @@ class _Delta:
         log_value, slope, share = total.at(np.full(at.size, self.epsilon))
         value = np.exp(log_value + 1e-11)
         value = np.where(np.isfinite(value), np.maximum(value, np.nextafter(0.0, 1.0)), np.inf)
-        raised = -np.log1p(-np.minimum(share, 1 - 1e-9)) / np.maximum(-slope, 1e-9) + total.shift
-        return value, at, np.clip(log_value, _LEAST, 0.0), raised
+        return value, at, np.clip(log_value, _LEAST, 0.0), _raised(total, slope, share)
+
+
+def _raised(total: Total, slope: Floats, share: Floats) -> Floats:
+    """By how much what was added to delta, and the Gaussian steps, raised epsilon."""
+    added = -np.log1p(-np.minimum(share, 1 - 1e-9)) / np.maximum(-slope, 1e-9)
+    return np.asarray(added + total.shift(slope))
 
 
 def parted_epsilons(counts: Floats, levels: Levels, log_delta: float, floor: Floats, *, add: bool) -> Known:
@@ -151,7 +159,7 @@ def _cuts(counts: Floats, levels: Levels, at: Floats, goal: Floats, add: bool) -
     if add:
         return np.zeros((len(counts), 2))
     mass = counts @ _masses_beyond(levels[0].tobytes(), levels[1].tobytes())
-    top = (mass > np.exp(goal + SMALL)[:, None]).sum(axis=1).clip(0, _TOPS.size - 1)
+    top = (mass > _BEYOND_TOP * np.exp(goal)[:, None]).sum(axis=1).clip(0, _TOPS.size - 1)
     low = np.searchsorted(_TOPS, at / 4).clip(0, top)
     return np.stack([_OCTAVES[low], _OCTAVES[top]], axis=1).astype(np.float64)
 

@@ -37,20 +37,27 @@ SMALL: Final = math.log(1e-6)
 """What may be left to Chernoff's inequality, to an alias or to what lies beyond the nodes, beside delta."""
 _NODES: Final = np.array([64, 144, 256, 576, 1024, 2304, 4096, 9216, 16384, 36864])
 """Nodes by effort; squares."""
-_ENOUGH: Final = 2e-5
+_ENOUGH: Final = 3e-5
+_BEYOND_SADDLE: Final = 8.0
+_STEEP: Final = 5.0
+"""About how often delta halves, and more, while a small epsilon doubles."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Total:
-    """Upper bound of delta: tails, Chernoff bounds ``exp(height - rung epsilon)``, and a mass; n runs."""
+    """Upper bound of delta: tails, Chernoff bounds ``exp(height - rung epsilon)``, and a mass; n runs.
+
+    blur: the largest squared mean of the Gaussian steps that were composed.
+    """
 
     tails: list[Tail]
     chernoffs: list[tuple[Floats, Floats]]
     mass: Floats
+    blur: float
 
-    @property
-    def shift(self) -> float:
-        return max((tail.shift for tail in self.tails), default=0.0)
+    def shift(self, slope: Floats) -> Floats:
+        """By how much the Gaussian steps raise epsilon where log delta falls with ``slope`` < 0, (n,)."""
+        return np.asarray(self.blur * np.maximum(1 - slope, 0.0) / 2)
 
     def at(self, epsilon: Floats) -> tuple[Floats, Floats, Floats]:
         """As a :class:`Tail`: log delta, its slope in epsilon, and the share of delta that was added."""
@@ -101,9 +108,9 @@ class Runs:
 
     def total(self, rows: NDArray[np.intp], lines: Floats, at: Floats, goal: Floats) -> Total:
         """The bound for some of the runs, on lines that are the same for all."""
-        counts, tails, chernoffs = self.counts[rows], [], []
+        counts, tails, chernoffs, largest = self.counts[rows], [], [], 0.0
         if not self.known:
-            return Total(tails=[], chernoffs=[], mass=np.full(rows.size, np.inf))
+            return Total(tails=[], chernoffs=[], mass=np.full(rows.size, np.inf), blur=0.0)
         for jumps, (rung, nodes, turns) in enumerate(lines.reshape(2, 3)):
             logs, c = self.logs[jumps][rows, int(rung)], float(RUNGS[int(rung)])
             if nodes == 0:
@@ -115,9 +122,10 @@ class Runs:
             spacing = 2 * math.pi * c / float(turns)
             excess = float((logs - c * at - math.log(c) - goal).max())
             blur = float(_blur(spacing, float(nodes), excess))
+            largest = max(largest, blur)
             tails.append(self._tail(counts, bool(jumps), (c, spacing, int(nodes), blur), float(at.max())))
         mass = counts @ np.array([beyond(part) for part in self.parts[0]]) * (1 + 1e-12)
-        return Total(tails=tails, chernoffs=chernoffs, mass=mass)
+        return Total(tails=tails, chernoffs=chernoffs, mass=mass, blur=largest)
 
     def _tail(
         self, counts: Floats, jumps: bool, line: tuple[float, float, int, float], largest: float
@@ -148,7 +156,6 @@ class Runs:
             amplitude=amplitude * (np.exp(0.5 * blur * (nodes * nodes + nodes - c * c - c)) * weight),
             log_scale=log_scale + 0.5 * blur * (c * c + c),
             added=(_truncated(blur, spacing, count) + np.expm1(inexact) * np.abs(weight).sum()) * (1 + 1e-9),
-            blur=blur,
         )
 
 
@@ -180,7 +187,11 @@ def _line(logs: Floats, at: Floats, goal: Floats, finer: Places) -> list[Floats]
     bound = np.where(np.isnan(bound), np.inf, bound)
     cheap = bound.min(axis=1) < goal + SMALL
     exponent = logs - at[:, None] * RUNGS - np.log(RUNGS * (RUNGS + 1))
-    rung = np.where(np.isfinite(exponent), exponent, np.inf).argmin(axis=1)
+    exponent = np.where(np.isfinite(exponent), exponent, np.inf)
+    # Beyond the saddle the Gaussian step may be smaller, and little is lost to rounding.
+    fit = exponent <= goal[:, None] + _BEYOND_SADDLE
+    last = RUNGS.size - 1 - fit[:, ::-1].argmax(axis=1)
+    rung = np.where(fit.any(axis=1), last, exponent.argmin(axis=1))
     # An alias on the left is at most the whole measure, itself at most its moment at the first rung.
     turns = np.maximum(np.minimum(logs[:, 0], 0.0) - goal, 0.0) - SMALL
     turns = 2.0 ** (np.ceil(4 * np.log2(turns)) / 4)
@@ -192,7 +203,9 @@ def _line(logs: Floats, at: Floats, goal: Floats, finer: Places) -> list[Floats]
     rung -= (rung % 2) * (RUNGS[rung] > 1)
     c, spacing = RUNGS[rung], 2 * math.pi * RUNGS[rung] / turns
     excess = logs[np.arange(at.size), rung] - c * at - np.log(c) - goal
-    shift = _blur(spacing[:, None], _NODES, excess[:, None]) * (c[:, None] + 0.5)
+    # Where jumps decide, log delta falls faster than at the rate of the abscissa.
+    slope = np.maximum(c, _STEEP / at)
+    shift = _blur(spacing[:, None], _NODES, excess[:, None]) * (slope + 1)[:, None] / 2
     effort = (shift > 0.9 * enough(at)[:, None]).sum(axis=1) + finer
     nodes = _NODES[np.minimum(effort, _NODES.size - 1)]
     columns = (

@@ -55,10 +55,6 @@ _HUGE: Final = 1e300
 class Curve(Protocol):
     """An upper bound of ``log delta`` as a function of epsilon, for n runs."""
 
-    @property
-    def shift(self) -> float:
-        """By about how much epsilon is larger than it need be, whatever was added."""
-
     def at(self, epsilon: Floats) -> tuple[Floats, Floats, Floats]:
         """log delta, its slope in epsilon, and the share of delta that was added; epsilon (n,), each
         (n,)."""
@@ -77,13 +73,6 @@ class Tail:
     amplitude: NDArray[np.complex128]
     log_scale: Floats
     added: Floats
-    blur: float = 0.0
-    """Squared mean of the Gaussian step that was composed."""
-
-    @property
-    def shift(self) -> float:
-        """By about how much that step raises epsilon."""
-        return self.blur * (self.abscissa + 0.5)
 
     def at(self, epsilon: Floats) -> tuple[Floats, Floats, Floats]:
         """log delta, its slope in epsilon, and the share of delta that was added; epsilon (n,), each
@@ -329,7 +318,7 @@ def invert(tail: Curve, start: Floats, floor: Floats, log_delta: float) -> tuple
         log_value, slope, share = tail.at(epsilon)
         log_value = log_value + 1e-11
         holds = (log_value <= log_delta) & (epsilon <= certified)
-        raised = -np.log1p(-np.minimum(share, 1 - 1e-9)) / np.maximum(-slope, 1e-9) + tail.shift
+        raised = -np.log1p(-np.minimum(share, 1 - 1e-9)) / np.maximum(-slope, 1e-9)
         raised /= np.clip(epsilon, 1e-4, 2.0)
         certified, waste = np.where(holds, epsilon, certified), np.where(holds, raised, waste)
         low, high = np.where(holds, low, np.maximum(low, epsilon)), np.where(holds, epsilon, high)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import mpmath as mp
@@ -134,13 +135,13 @@ def without_truncation(patch: pytest.MonkeyPatch) -> None:
 
 def without_the_mass_beyond(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(parted, "beyond", lambda part: 0.0)
-    patch.setattr(jumps, "SMALL", 0.0)
+    patch.setattr(jumps, "_BEYOND_TOP", 1.0)
 
 
 def without_jumps(patch: pytest.MonkeyPatch) -> None:
     def rest_only(self: parted.Runs, *given: Any, total: Any = parted.Runs.total) -> parted.Total:
         found = total(self, *given)
-        return parted.Total(tails=found.tails[:-1], chernoffs=found.chernoffs, mass=found.mass)
+        return replace(found, tails=found.tails[:-1])
 
     patch.setattr(parted.Runs, "total", rest_only)
 
