@@ -103,7 +103,7 @@ def test_both_directions_against_dp_accounting(add: bool) -> None:
         ).self_compose(count)
         side = one._pmf_add if add else one._pmf_remove
         reference.append(float(side.get_epsilon_for_delta(delta)))
-    assert reference[0] <= ours[0] <= reference[1] + 1e-5 and tight[0]
+    assert reference[0] <= ours[0] <= reference[1] + 3e-5 and tight[0]
 
 
 @pytest.mark.parametrize("case", ONE_STEP)
