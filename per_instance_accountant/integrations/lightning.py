@@ -131,7 +131,7 @@ class IndividualPrivacyCallback(L.Callback):
             pl_module.log_dict(self.engine.metrics(self.delta))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.engine.tracker.recorder.writer.flush()
+        self.engine.tracker.recorder.flush()
 
 
 class PrivateLoader:

@@ -148,7 +148,7 @@ class IndividualPrivacyCallback(TrainerCallback, ExportableState):
             state.log_history[-1].update(values)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
-        self.engine.tracker.recorder.writer.flush()
+        self.engine.tracker.recorder.flush()
 
 
 class TicketLoader:

@@ -195,8 +195,9 @@ class LedgerWriter:
         if self._fsync == "step" or kind == frames.THRESHOLDS:
             self._log.sync()
 
-    def promise(self, event: Phase | Step) -> None:
-        """Record a fact now whose contributions are upper bounds until :meth:`fulfil` replaces them.
+    def promise(self, event: Phase | Step) -> int:
+        """Record a fact now whose contributions are upper bounds until :meth:`fulfil` replaces them: its
+        number, for that.
 
         As durable as :meth:`append` and charged like it; raises as it does. For steps that are released
         before their contributions have come from an accelerator.
@@ -214,19 +215,23 @@ class LedgerWriter:
             raise
         progress.apply(event)
         self._intact = True
+        return number
 
-    def fulfil(self, contributions: Sequence[NDArray[np.float32]]) -> None:
-        """Write the oldest promised steps, one (B,) of contributions for each, in their order.
+    def fulfil(self, steps: Sequence[tuple[int, NDArray[np.float32]]]) -> None:
+        """Write promised steps with their contributions: (number, (B,) contributions), oldest first.
 
-        Raises UsageError PIA070 for contributions that are not within what was promised, LedgerError PIA041;
-        a step that was not written stays promised.
+        What was promised before one of them and is not among them is written as promised, and what was
+        written as promised already, because another fact followed, stays so. Raises UsageError PIA070 for
+        contributions that are not within what was promised, LedgerError PIA041; a step that was not written
+        stays promised.
         """
         self._require_open()
         try:
-            for measured in contributions:
-                while self._promises.oldest.kind != frames.STEP:
+            for number, measured in steps:
+                while len(self._promises) and self._promises.oldest.sequence < number:
                     self._write_oldest()
-                self._write_oldest(measured)
+                if len(self._promises) and self._promises.oldest.sequence == number:
+                    self._write_oldest(measured)
         finally:
             self._clear_promises()
 

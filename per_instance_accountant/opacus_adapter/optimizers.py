@@ -26,6 +26,9 @@ from per_instance_accountant.opacus_adapter.clipping import (
     check_precision,
     instance_norms,
     layer_factors,
+    layer_factors_on_device,
+    layer_limits,
+    norms_on_device,
 )
 from per_instance_accountant.opacus_adapter.ghost import ghost_norms
 
@@ -43,6 +46,8 @@ class TrackedOptimizer(DPOptimizer):
     clipping = "flat"
     gradient_scale = 1.0
     """What a framework divided the loss by: rows are multiplied by it before they are measured."""
+    can_defer = True
+    """Whether no step of this optimizer needs what an earlier one measured."""
     has_stand_in = False
     """Whether the model is given one made-up instance for an empty batch; its gradient is dropped."""
     # With this flag torch.amp.GradScaler announces itself through `found_inf`, and can be refused.
@@ -76,7 +81,11 @@ class TrackedOptimizer(DPOptimizer):
 
     def factors(self, gradients: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """For each parameter (B,) factors that clip the rows of its gradient."""
-        return [torch.from_numpy(self.tracker.clip(self.measure(gradients)))] * len(gradients)
+        if self.tracker.defers(gradients[0].device):
+            own = self.tracker.clip_there(norms_on_device(gradients))
+        else:
+            own = torch.from_numpy(self.tracker.clip(self.measure(gradients)))
+        return [own] * len(gradients)
 
     def charged(self, contributions: NDArray[np.float32], limits: NDArray[np.float64]) -> NDArray[np.float32]:
         """(B,) contributions, larger where more than the sum is released. limits: 0 for who is not in it."""
@@ -132,6 +141,7 @@ class TrackedOptimizer(DPOptimizer):
         self.add_noise()
         self.tracker.sessions.drawn(self)
         self.scale_grad()
+        self.tracker.recorder.deferral.void(self.params)
         if self.step_hook:
             self.step_hook(self)
         self.tracker.released()
@@ -160,6 +170,8 @@ class TrackedGhostOptimizer(TrackedOptimizer, DPOptimizerFastGradientClipping):
     def loss_factors(self, module: Any) -> torch.Tensor:
         """(B,) factors for the losses of the batch, between the two backward passes."""
         norms = ghost_norms(module)
+        if self.tracker.defers(norms.device):
+            return self.tracker.clip_there(norms)
         return torch.from_numpy(self.tracker.clip(norms.cpu().numpy())).to(norms.device)
 
     def clip_and_accumulate(self) -> None:
@@ -216,7 +228,8 @@ class TrackedPerLayerOptimizer(TrackedOptimizer, DPPerLayerOptimizer):
 
     clipping = "per_layer"
 
-    def _layers(self, gradients: Sequence[torch.Tensor]) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    def _limits(self, gradients: Sequence[torch.Tensor]) -> NDArray[np.float64]:
+        """(L,) norms at which the gradients of the parameters are clipped."""
         if len(gradients) != len(self.max_grad_norms):
             raise AlignmentError(
                 "PIA003",
@@ -224,13 +237,17 @@ class TrackedPerLayerOptimizer(TrackedOptimizer, DPPerLayerOptimizer):
                 "A parameter would be clipped at another one's norm",
                 "freeze or unfreeze parameters before make_private(clipping='per_layer', ...)",
             )
-        return layer_factors(gradients, np.asarray(self.max_grad_norms), float(self.max_grad_norm))
+        return layer_limits(np.asarray(self.max_grad_norms), float(self.max_grad_norm))
 
     def measure(self, gradients: Sequence[torch.Tensor]) -> NDArray[np.float64]:
-        return self._layers(gradients)[1]
+        return layer_factors(gradients, self._limits(gradients))[1]
 
     def factors(self, gradients: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        layers, together = self._layers(gradients)
+        if self.tracker.defers(gradients[0].device):
+            there, norms = layer_factors_on_device(gradients, self._limits(gradients))
+            both = there * self.tracker.clip_there(norms)[:, None]
+            return list(torch.nextafter(both, torch.zeros_like(both)).T.contiguous())
+        layers, together = layer_factors(gradients, self._limits(gradients))
         own = self.tracker.clip(together)
         product = np.nextafter(layers * own[:, None], np.float32(0))
         return [torch.from_numpy(column) for column in np.ascontiguousarray(product.T)]
@@ -244,6 +261,7 @@ class TrackedAdaptiveOptimizer(TrackedOptimizer, AdaClipDPOptimizer):
     """
 
     clipping = "adaptive"
+    can_defer = False
     noise_multiplier: float
     max_grad_norm: float
     unclipped_num: float
