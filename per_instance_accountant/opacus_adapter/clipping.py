@@ -112,7 +112,7 @@ def clip_on_device(norms: torch.Tensor, limits: torch.Tensor) -> tuple[torch.Ten
     waits for nothing.
 
     >>> factors, contributions = clip_on_device(torch.tensor([0.5, 4.0]).double(), torch.ones(2).double())
-    >>> [round(factor, 4) for factor in factors.tolist()], contributions.tolist()
+    >>> factors.double().round(decimals=4).tolist(), contributions.double().round(decimals=4).tolist()
     ([1.0, 0.25], [0.5, 1.0])
     """
     exact = (limits / (norms + STOCK_MARGIN)).clamp(max=1.0)
@@ -123,8 +123,8 @@ def clip_on_device(norms: torch.Tensor, limits: torch.Tensor) -> tuple[torch.Ten
 
 
 def norms_on_device(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-    """As :func:`instance_norms`, but (B,) float64 where the gradients are, and infinite also where squares
-    overflow float32: above 1e19."""
+    """As :func:`instance_norms`, but (B,) float64 where the gradients are, up to the last bit (torch's root
+    may be off by one), and infinite also where squares overflow float32: above 1e19."""
     return row_squares(gradients).sqrt() * (1 + NORM_SLACK)
 
 
@@ -195,10 +195,11 @@ def _layer_norms(gradients: Sequence[torch.Tensor]) -> NDArray[np.float64]:
 def layer_factors_on_device(
     gradients: Sequence[torch.Tensor], limits: NDArray[np.float64]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As :func:`layer_factors` for tensors that stay where they are; with eight layers or more the sum of
-    squares may differ in its last bit."""
+    """As :func:`layer_factors` for tensors that stay where they are, up to the last bits of float64, for
+    which it leaves room."""
     norms = torch.stack([norms_on_device([gradient]) for gradient in gradients], dim=1)
     there = torch.stack([torch.full_like(norms[:, 0], limit) for limit in limits.tolist()], dim=1)
     factors, remaining = clip_on_device(norms, there)
-    together = remaining.double().square().sum(dim=1).sqrt() * (1 + (len(limits) + 2) * 2.0**-52)
+    squares = sum(remaining.double().square().unbind(dim=1), torch.zeros_like(norms[:, 0]))
+    together = squares.sqrt() * (1 + (len(limits) + 2) * 2.0**-52)
     return factors, torch.where(norms.isfinite().all(dim=1), together, torch.inf)

@@ -35,7 +35,8 @@ def group_rule(group: Mapping[str, Any]) -> tuple[float, float, float, bool]:
 
 
 def optimizer_name(private: DPOptimizer, rules: Sequence[tuple[Any, ...]]) -> str:
-    """Name of the update rule: ``"SGD"`` only when every parameter moves by one plain descent rule, which bounds can rely on."""
+    """Name of the update rule: ``"SGD"`` only when every parameter moves by one plain descent rule, which
+    bounds can rely on."""
     optimizer, clipping = private.original_optimizer, getattr(private, "clipping", "flat")
     name = type(optimizer).__name__
     if clipping != "flat":
