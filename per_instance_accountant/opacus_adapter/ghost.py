@@ -82,6 +82,8 @@ def _backward(self: Any, *args: Any, **named: Any) -> Any:
     factors = getattr(self.module, "get_clipping_coef", None)
     if not isinstance(factors, GhostFactors) or factors.tracker is None:
         return _stock_backward(self, *args, **named)
+    if factors.tracker.batch_is_empty and factors.tracker.optimizer.has_stand_in:
+        return factors.tracker.optimizer.drop_stand_in(self.loss_per_sample)
     self.loss_per_sample = one_loss_each(self.loss_per_sample, factors.tracker.batch_size)
     found = _stock_backward(self, *args, **named)
     factors.tracker.optimizer.seal()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -164,7 +165,9 @@ class TrackedOptimizer(DPOptimizer):
 class TrackedGhostOptimizer(TrackedOptimizer, DPOptimizerFastGradientClipping):
     """A DPOptimizerFastGradientClipping whose steps are written to a ledger before noise is added."""
 
-    _sealed: Sequence[tuple[torch.Tensor, int]] = ()
+    hides_sum = False
+    """Whether ``p.grad`` is empty between backward pass and step, for loops that look at or scale it."""
+    _sealed: Mapping[int, tuple[torch.Tensor, int]] = MappingProxyType({})
     _owned: frozenset[int] | set[int] = frozenset()
 
     def loss_factors(self, module: Any) -> torch.Tensor:
@@ -177,10 +180,21 @@ class TrackedGhostOptimizer(TrackedOptimizer, DPOptimizerFastGradientClipping):
     def clip_and_accumulate(self) -> None:
         return None
 
+    def drop_stand_in(self, losses: torch.Tensor) -> None:
+        """The backward passes of an empty batch for which the model was given a made-up instance."""
+        losses.sum().backward()  # The hooks take what the forward pass left behind.
+        self.zero_grad()
+        for p in self.params:
+            p.grad, p._norm_sample = torch.zeros_like(p), None
+        self.tracker.clip(np.zeros(0))
+        self.seal()
+
     def seal(self) -> None:
         """Remember the clipped sums that the backward pass left, so that a change is noticed."""
-        grads = [p.grad for p in self.params]
-        self._sealed = [(grad, grad._version) for grad in grads if grad is not None]
+        self._sealed = {id(p): (p.grad, p.grad._version) for p in self.params if p.grad is not None}
+        if self.hides_sum:
+            for p in self.params:
+                p.grad = None
 
     def _check_sealed(self) -> None:
         present = {id(p) for p in self.params}
@@ -193,25 +207,30 @@ class TrackedGhostOptimizer(TrackedOptimizer, DPOptimizerFastGradientClipping):
                 "Ghost clipping does not measure it, so instances would be released through it unclipped",
                 "make_private with a module and an optimizer that have all parameters",
             )
-        sealed = {id(grad): version for grad, version in self._sealed}
-        grads = [p.grad for p in self.params]
-        if any(grad is None or sealed.get(id(grad)) != grad._version for grad in grads):
+        changed = False
+        for p in self.params:
+            grad, version = self._sealed.get(id(p), (None, 0))
+            left = None if self.hides_sum else grad
+            changed |= grad is None or p.grad is not left or grad._version != version
+        if changed:
             raise AlignmentError(
                 "PIA005",
                 "p.grad was changed between the backward pass and optimizer.step()",
                 "It holds the clipped sum in ghost mode: another backward pass adds to it without clipping",
                 "change gradients before criterion(...).backward() or in the loss; engine.abandon()",
             )
-        self._sealed = []
+        for p in self.params:
+            p.grad = self._sealed[id(p)][0]
+        self._sealed = {}
 
     def forget(self) -> None:
         super().forget()
-        self._sealed = []
+        self._sealed = {}
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
         self.tracker.check_loop()
         self.tracker.check_clipped()
-        if not self.tracker.batch_is_empty:
+        if self._sealed or not self.tracker.batch_is_empty:
             self._check_sealed()
         self.accumulate()
         self.tracker.accept()
