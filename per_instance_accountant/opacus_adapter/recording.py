@@ -277,7 +277,8 @@ class Recorder:
         limits = np.full(len(positions), clip_norm)
         if self.thresholds is not None:
             limits = np.minimum(limits, self.thresholds[positions].astype(np.float64))
-        limits[not_admitted(self.spending, positions, (part.positions for part in taken))] = 0.0
+        if self.spending is not None:
+            limits[not_admitted(self.spending, positions, (part.positions for part in taken))] = 0.0
         return limits
 
     def sweep_if_due(self, limit: int) -> None:
