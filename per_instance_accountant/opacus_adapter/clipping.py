@@ -50,8 +50,10 @@ def row_squares(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
         return torch.zeros(0, dtype=torch.float64)
     gradients = [g.unsqueeze(1) if g.dim() == 1 else g for g in gradients]
     device, entries = gradients[0].device, sum(g.numel() for g in gradients) // len(gradients[0])
-    blocks = torch.cat([block.to(device) for g in gradients for block in block_norms(g)], dim=1).double()
-    return blocks.square_().sum(dim=1).add_(entries * UNDERFLOW)
+    total = torch.full((len(gradients[0]),), entries * UNDERFLOW, dtype=torch.float64, device=device)
+    for block in (block for gradient in gradients for block in block_norms(gradient)):
+        total += torch.linalg.vector_norm(block, dim=1, dtype=torch.float64).to(device).square_()
+    return total
 
 
 def instance_norms(gradients: Sequence[torch.Tensor]) -> NDArray[np.float64]:
