@@ -63,6 +63,9 @@ steps the wrapped optimizer | no noise, no record | PIA008 | guards: a_step_arou
 calls `signal_skip_step` | the sum leaks into the next batch | PIA002 | guards: skip_signals_by_hand
 forgets `zero_grad` | ValueError | PIA002 | guards: zero_grad_forgotten
 draws an instance several times in one batch | one clip norm is assumed | contributions are added | alignment: an_instance_drawn_twice_adds_up
+trains on several processes that draw nobody in some steps | leaves those draws out: ranks take different numbers of steps, uncounted | an empty batch on that rank | ranks: empty_draws_keep_ranks_in_step
+has an epsilon whose best order lies outside of the usual ones | warns, and reports more than is spent | orders for every range | stock: an_epsilon_at_the_end_of_the_orders
+trains on CUDA, and is killed before norms have been copied | records no norms | the steps stay charged at the norms they were clipped at | deferral: a_killed_process_loses_no_step
 uses a closure | fine | the same | stock: a_closure
 sets the same seed after a restart | repeats the noise of its first steps | PIA091 | checkpoint: stock_opacus_repeats_its_noise_and_this_engine_refuses_to
 sets a seed in every step | the same noise always | PIA091 | stock: a_seed_that_is_set_in_every_step
