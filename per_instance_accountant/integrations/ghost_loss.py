@@ -19,13 +19,15 @@ class _TwoPasses(torch.autograd.Function):
     """A number whose backward pass is that of a ghost loss, at the scale that arrives."""
 
     @staticmethod
-    def forward(context: Any, leaf: torch.Tensor, loss: DPTensorFastGradientClipping) -> torch.Tensor:
-        context.loss = loss
+    def forward(
+        context: Any, leaf: torch.Tensor, loss: DPTensorFastGradientClipping, owner: FrameworkLoss
+    ) -> torch.Tensor:
+        context.loss, context.owner = loss, owner
         each = loss.loss_per_sample.detach()
         return each.mean() if loss.loss_reduction == "mean" else each.sum()
 
     @staticmethod
-    def backward(context: Any, gradient: torch.Tensor) -> tuple[None, None]:
+    def backward(context: Any, gradient: torch.Tensor) -> tuple[None, None, None]:
         loss, context.loss = context.loss, None
         if loss is None:
             raise AlignmentError(
@@ -34,10 +36,11 @@ class _TwoPasses(torch.autograd.Function):
                 "Gradients would be released without being recorded, or lost",
                 "one backward pass for each batch",
             )
+        context.owner.refuse_other_terms()
         with torch.enable_grad():
             # What a framework divides by is undone, as for the rows of the other modes.
             (loss * (gradient.detach() * loss.optimizer.gradient_scale)).backward()
-        return None, None
+        return None, None, None
 
 
 class FrameworkLoss:
@@ -49,16 +52,34 @@ class FrameworkLoss:
     def __init__(self, plain: Callable[..., torch.Tensor]) -> None:
         self._plain = plain
         self._private: Callable[..., DPTensorFastGradientClipping] | None = None
+        self._others = 0
+        """Gradients that reached parameters since the loss was computed, and are not of its two passes."""
 
     def bind(self, private: Any) -> None:
         """Use the criterion that ``make_private`` returned for passes that are differentiated."""
         self._private = private
+        for p in private.optimizer.params:
+            p.register_post_accumulate_grad_hook(self._count)
+
+    def _count(self, parameter: torch.Tensor) -> None:
+        self._others += 1
+
+    def refuse_other_terms(self) -> None:
+        """Raise UnsupportedError PIA060 where something else was differentiated with the loss: the two passes
+        begin by dropping its gradient."""
+        if self._others:
+            raise UnsupportedError(
+                "PIA060",
+                "a term that belongs to no instance was combined with the loss under ghost clipping",
+                "Its gradient is neither clipped nor kept; nothing was added",
+                "optimizer weight_decay=... for an L2 penalty, or grad_sample_mode='hooks'",
+            )
 
     def __call__(self, *arguments: Any, **named: Any) -> torch.Tensor:
         if self._private is None or not torch.is_grad_enabled():
             return self._plain(*arguments, **named)
-        leaf = torch.zeros((), requires_grad=True)
-        loss: torch.Tensor = _TwoPasses.apply(leaf, self._private(*arguments, **named))
+        leaf, self._others = torch.zeros((), requires_grad=True), 0
+        loss: torch.Tensor = _TwoPasses.apply(leaf, self._private(*arguments, **named), self)
         return loss
 
 

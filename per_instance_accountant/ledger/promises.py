@@ -72,6 +72,11 @@ class Promises:
         """The oldest is in the log: from there on its number says that the promise is void."""
         self._waiting.popleft()
 
+    def forget(self, sequence: int) -> None:
+        """What the log holds up to this number is written, also if an interrupt came before ``written``."""
+        while self._waiting and self.oldest.sequence <= sequence:
+            self.written()
+
     def clear(self, *, sync: bool) -> None:
         """Take what is in the log out of the file."""
         if self._log is None or self._directory is None:

@@ -226,6 +226,7 @@ class LedgerWriter:
         stays promised.
         """
         self._require_open()
+        self._promises.forget(self._walk.sequence)
         try:
             for number, measured in steps:
                 while len(self._promises) and self._promises.oldest.sequence < number:
@@ -251,6 +252,7 @@ class LedgerWriter:
     def _keep_promises(self) -> None:
         """Write what is promised as it was promised, because something else is to follow."""
         if len(self._promises):
+            self._promises.forget(self._walk.sequence)
             while len(self._promises):
                 self._write_oldest()
             self._clear_promises()

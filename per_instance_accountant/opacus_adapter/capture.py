@@ -147,6 +147,7 @@ class Tracker:
             self._sweep(min(batch.limit or SWEEP_BATCH, SWEEP_BATCH))
             self.recorder.enforce_budgets()
         self._batch, self._open = batch, key
+        self.verifier.received(batch.content)
         self.optimizer._step_skip_queue[:] = [] if batch.part.last else [True]
 
     def _discard(self, batch: Delivery) -> None:
@@ -261,7 +262,7 @@ class Tracker:
                 "remove or repair these instances or lower the learning rate; engine.abandon()",
             )
         batch = self._current()
-        self.verifier.check(batch.content, norms)
+        self.verifier.check(norms)
         self.recorder.loss.compare(batch.rows, norms, first=batch.part.first, last=batch.part.last)
         positions, limits, mechanism = self._admit()
         factors, contributions = clip_factors(norms, limits)

@@ -154,9 +154,9 @@ class Deferral:
         if self._copying is not None:
             due, copy = self._copying
             values = copy.take()
+            self.spoiled = max(self.spoiled, int(values[0]))
             write(due, values[1:])
             self._copying = None
-            self.spoiled = max(self.spoiled, int(values[0]))
 
     def check(self) -> None:
         """Raise AlignmentError PIA006 if the host has learned of a gradient that was not finite."""

@@ -188,7 +188,7 @@ def test_an_ordinary_loss_under_ghost_clipping_releases_nothing(torch_seed):
 
 
 @pytest.mark.parametrize("hidden", [False, True])
-@pytest.mark.parametrize("how", ["twice", "penalty after", "sum of two"])
+@pytest.mark.parametrize("how", ["twice", "penalty after", "sum of two", "penalty"])
 def test_gradients_beside_the_two_passes_are_noticed(how, hidden, torch_seed):
     accelerator = Accelerator(cpu=True)
     engine, module, private = made(grad_sample_mode="ghost", criterion=nn.CrossEntropyLoss())
@@ -200,6 +200,8 @@ def test_gradients_beside_the_two_passes_are_noticed(how, hidden, torch_seed):
         loss = criterion(model(x), y)
         if how == "sum of two":
             loss = loss + criterion(model(x), y)
+        if how == "penalty":
+            loss = loss + sum(p.square().sum() for p in module.parameters())
         accelerator.backward(loss, retain_graph=True)
         if how == "twice":
             accelerator.backward(loss)

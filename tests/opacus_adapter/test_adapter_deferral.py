@@ -5,6 +5,7 @@ There is no accelerator here, so the CPU is declared to be one, and copies arriv
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import signal
@@ -17,8 +18,8 @@ from hypothesis import strategies as st
 
 from per_instance_accountant import FixedThresholds, PrivacyFilter, Sweep, account
 from per_instance_accountant.accounting.rules import LastSeen, Unamplified, WorstCase
-from per_instance_accountant.errors import AlignmentError, UsageError
-from per_instance_accountant.ledger import Ledger, LedgerWriter, Phase, Run, Step
+from per_instance_accountant.errors import AlignmentError, LedgerError, UsageError
+from per_instance_accountant.ledger import Ledger, LedgerWriter, Phase, Run, Step, promises
 from per_instance_accountant.opacus_adapter import PrivacyEngine, deferring
 from per_instance_accountant.opacus_adapter.clipping import (
     clip_factors,
@@ -473,3 +474,37 @@ def test_every_cut_of_the_promises_leaves_whole_ones_and_every_flip_is_refused(t
         file.write_bytes(changed)
         with pytest.raises(Exception, match=r"PIA04[23]"):
             Ledger.open(tmp_path / "a")
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("place", ["written", "clear", "add"])
+def test_an_interrupt_anywhere_doubles_and_loses_no_step(start, later, tmp_path, monkeypatch, place, when):
+    training = later(start(PrivacyEngine(accountant="rdp", ledger=tmp_path / "a")))
+    method, calls, weights = getattr(promises.Promises, place), itertools.count(1), [training.weights.clone()]
+
+    def interrupted(self, *arguments, **named):
+        third = next(calls) == (2 if place == "clear" else 3)
+        if not third or when == "after":
+            method(self, *arguments, **named)
+        if third:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(promises.Promises, place, interrupted)
+        with contextlib.suppress(KeyboardInterrupt):
+            for batch in training.loader:
+                training.step(batch)
+                weights.append(training.weights.clone())
+    assert len(weights) < len(training.loader) and torch.equal(training.weights, weights[-1])
+    with contextlib.suppress(LedgerError):  # A writer that was interrupted while it wrote goes no further.
+        training.engine.abandon()
+        training.engine.close()
+    ledger, released = Ledger.open(tmp_path / "a"), len(weights) - 1
+    assert released <= ledger.num_steps <= released + 1
+    expected = start()
+    for _, batch in zip(range(released), expected.loader, strict=False):
+        expected.step(batch)
+    steps = [event for event in ledger.events() if isinstance(event, Step)]
+    for mine, true in zip(steps, expected.steps, strict=False):
+        assert np.array_equal(mine.positions, true.positions)
+        assert (mine.contributions >= true.contributions).all()
