@@ -85,7 +85,11 @@ def _backward(self: Any, *args: Any, **named: Any) -> Any:
     if factors.tracker.batch_is_empty and factors.tracker.optimizer.has_stand_in:
         return factors.tracker.optimizer.drop_stand_in(self.loss_per_sample)
     self.loss_per_sample = one_loss_each(self.loss_per_sample, factors.tracker.batch_size)
-    found = _stock_backward(self, *args, **named)
+    try:
+        found = _stock_backward(self, *args, **named)
+    except BaseException:
+        self.module.enable_hooks()  # Off between the two passes, and they would stay off.
+        raise
     factors.tracker.optimizer.seal()
     return found
 

@@ -81,6 +81,8 @@ seeds the loader's generator again, in an epoch or after a restart | draws the s
 changes the noise of adaptive clipping's count inside a logical batch | silent | PIA009 | escapes: the_noise_of_the_count_inside_a_logical_batch
 gives a weighted mean as criterion | instances scale each other's gradients | PIA101; in the loop alone PIA090 with `verify=` | escapes: losses_that_are_divided_by_something_of_the_batch
 uses Embedding(max_norm=...) or scale_grad_by_freq | weights change without noise | PIA060 | stock: embeddings_that_change_their_weights
+gives up a batch after an error, and goes on | rows of an unfinished backward pass are added to those of the next | dropped by `abandon()` | escapes: rows_of_a_batch_that_was_given_up_are_not_in_the_next_one
+writes into the tensors of a batch | silent | PIA090 with `verify=` | verifying: rows_that_are_not_the_loaders_are_found
 is killed and resumed, twice | forgets the steps after the checkpoint | they stay charged | checkpoint: killed_processes_resume_twice_from_one_checkpoint
 loads a checkpoint that its ledger is behind of | silent | PIA040 names the steps | checkpoint: an_error_names_the_steps_that_the_ledger_lacks
 loads a checkpoint from somebody else | runs code from it | reads plain values only, PIA060 | checkpoint: a_checkpoint_cannot_run_code
