@@ -383,6 +383,5 @@ class Tracker:
             module.__dict__.pop("max_batch_len", None)
         for p in self.module.parameters():
             # Else Opacus adds the rows of the next backward pass to what an unfinished one left.
-            p.__dict__.pop("_current_grad_sample", None)
-            p.grad_sample = p._norm_sample = None
-            p._forward_counter = 0
+            vars(p).pop("_current_grad_sample", None)
+            vars(p).update(grad_sample=None, _norm_sample=None, _forward_counter=0)

@@ -107,9 +107,8 @@ class Deferral:
         """(B,) factors for norms (B,) float64 on a device, and what is to be recorded; nobody waits."""
         even = bool(len(limits)) and bool((limits == limits[0]).all())
         there = torch.full_like(norms, limits[0]) if even else _send(limits, norms.device)
-        if self._bad is None or self._bad.device != norms.device:
-            self._bad = torch.zeros((), device=norms.device)
-        self._bad = self._bad + norms.isfinite().logical_not().sum()
+        bad = torch.zeros((), device=norms.device) if self._bad is None else self._bad.to(norms.device)
+        self._bad = bad + norms.isfinite().logical_not().sum()
         factors, contributions = clip_on_device(norms, there)
         # What is void is charged as promised: a release that nobody can tell from one that failed.
         measured = torch.where(self._bad > 0, round_up_on_device(there), contributions)
@@ -118,9 +117,10 @@ class Deferral:
     def void(self, parameters: Sequence[torch.Tensor]) -> None:
         """Zero the gradients that are about to be applied, if a norm was not finite."""
         if self._bad is not None:
+            bad = self._bad > 0
             for p in parameters:
                 if p.grad is not None:
-                    p.grad.masked_fill_((self._bad > 0).to(p.device, non_blocking=True), 0.0)
+                    p.grad.masked_fill_(bad.to(p.device, non_blocking=True), 0.0)
 
     def add(self, due: Due) -> None:
         """One more fact that was promised."""

@@ -195,9 +195,11 @@ class Recorder:
             self.deferral.drain(self._write_due)
 
     def flush(self) -> None:
-        """Write everything, and force it to the device of the ledger."""
+        """Write everything, and force it to the device of the ledger. Raises AlignmentError PIA006 then,
+        if the last steps were void."""
         self.drain()
         self.writer.flush()
+        self.deferral.check()
 
     @property
     def running(self) -> RunningLoss:

@@ -106,6 +106,7 @@ def trained(start, case, change=lambda training: training, *, odometer=True, led
     return training
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("case", CASES)
 def test_the_ledger_is_the_same_bit_for_bit(start, later, case):
     now, after = trained(start, case), trained(start, case, later)

@@ -314,6 +314,7 @@ def test_gradients_of_any_size_move_the_sum_by_what_is_charged(start, mode, scal
     assert np.isfinite(moved) and moved <= charged * (1 + 1e-5) <= CLIP * (1 + 2e-5)
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("careless", [False, True])
 @pytest.mark.parametrize("mode", ["hooks", "functorch"])
 def test_rows_of_a_batch_that_was_given_up_are_not_in_the_next_one(start, models, by_hand, mode, careless):

@@ -187,6 +187,7 @@ def check(seed: int) -> int:
     return len(wild.updates)
 
 
+@pytest.mark.compat
 def test_every_update_is_the_clipped_sum_that_the_ledger_names(monkeypatch):
     monkeypatch.setattr(deferring, "FLUSH_STEPS", 3)
     assert sum(check(seed) for seed in range(LOOPS)) > 3 * LOOPS
