@@ -496,7 +496,7 @@ def test_an_interrupt_anywhere_doubles_and_loses_no_step(start, later, tmp_path,
             for batch in training.loader:
                 training.step(batch)
                 weights.append(training.weights.clone())
-    assert len(weights) < len(training.loader) and torch.equal(training.weights, weights[-1])
+    assert next(calls) > 2 and torch.equal(training.weights, weights[-1])
     with contextlib.suppress(LedgerError):  # A writer that was interrupted while it wrote goes no further.
         training.engine.abandon()
         training.engine.close()
