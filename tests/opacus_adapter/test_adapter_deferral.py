@@ -19,7 +19,16 @@ from hypothesis import strategies as st
 from per_instance_accountant import FixedThresholds, PrivacyFilter, Sweep, account
 from per_instance_accountant.accounting.rules import LastSeen, Unamplified, WorstCase
 from per_instance_accountant.errors import AlignmentError, LedgerError, UsageError
-from per_instance_accountant.ledger import Ledger, LedgerWriter, Phase, Run, Step, promises
+from per_instance_accountant.ledger import (
+    Ledger,
+    LedgerWriter,
+    Phase,
+    Run,
+    Step,
+    merge_parts,
+    new_run_id,
+    promises,
+)
 from per_instance_accountant.opacus_adapter import PrivacyEngine, deferring
 from per_instance_accountant.opacus_adapter.clipping import (
     clip_factors,
@@ -454,6 +463,18 @@ def test_more_than_was_promised_is_refused_and_the_promise_stays(tmp_path):
     writer.close()
     steps = [event for event in Ledger.open(tmp_path / "a").events() if isinstance(event, Step)]
     assert [step.contributions.tolist() for step in steps] == [[0.5, 0.5]]
+
+
+def test_merging_takes_promises_as_they_stand(tmp_path):
+    identity, writers = new_run_id(), []
+    for rank in range(2):
+        run = Run(num_instances=4, run_id=identity, rank=rank, world_size=2)
+        writers.append(LedgerWriter.create(tmp_path / f"rank-{rank}", run))
+        writers[-1].append(PHASE)
+        writers[-1].promise(Step(positions=np.array([rank]), contributions=np.full(1, 0.5, np.float32)))
+    merged = merge_parts([tmp_path / "rank-0", tmp_path / "rank-1"], None)
+    (step,) = (event for event in merged.events() if isinstance(event, Step))
+    assert (step.positions.tolist(), step.contributions.tolist()) == ([0, 1], [0.5, 0.5])
 
 
 def test_every_cut_of_the_promises_leaves_whole_ones_and_every_flip_is_refused(tmp_path):
