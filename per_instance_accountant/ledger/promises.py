@@ -72,11 +72,6 @@ class Promises:
         """The oldest is in the log: from there on its number says that the promise is void."""
         self._waiting.popleft()
 
-    def forget(self, sequence: int) -> None:
-        """What the log holds up to this number is written, also if an interrupt came before ``written``."""
-        while self._waiting and self.oldest.sequence <= sequence:
-            self.written()
-
     def clear(self, *, sync: bool) -> None:
         """Take what is in the log out of the file."""
         if self._log is None or self._directory is None:
@@ -88,24 +83,25 @@ class Promises:
         # Beside the old file and renamed: at no moment is a promise that waits in neither.
         name, count, chain = PROMISES_NAME + ".new", 0, frames.GENESIS
         log = DirectoryLog(self._directory, create=True, name=name)
-        log.truncate(0)
-        for promise in self._waiting:
-            count, chain = self._append(log, promise, count, chain)
-        if sync:
-            log.sync()
         try:
+            log.truncate(0)
+            for promise in self._waiting:
+                count, chain = self._append(log, promise, count, chain)
+            if sync:
+                log.sync()
             os.rename(self._directory / name, self._directory / PROMISES_NAME)
-        except OSError as error:
-            raise unreadable(error) from None
+        except BaseException as error:
+            log.close()
+            raise (unreadable(error) if isinstance(error, OSError) else error) from None
         self._log.close()
         self._log, self._count, self._chain = log, count, chain
 
-    def close(self) -> None:
-        """Remove the file if nothing waits; what waits stays on disk and counts."""
+    def close(self, *, remove: bool) -> None:
+        """End. remove: the file, if nothing waits; what waits stays on disk and counts."""
         log, self._log = self._log, None
         if log is not None and self._directory is not None:
             log.close()
-            if not self._waiting:
+            if remove and not self._waiting:
                 remove_promises(self._directory)
 
     def _append(self, log: DirectoryLog, promise: Promise, count: int, chain: bytes) -> tuple[int, bytes]:

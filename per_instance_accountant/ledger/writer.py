@@ -226,7 +226,6 @@ class LedgerWriter:
         stays promised.
         """
         self._require_open()
-        self._promises.forget(self._walk.sequence)
         try:
             for number, measured in steps:
                 while len(self._promises) and self._promises.oldest.sequence < number:
@@ -234,7 +233,8 @@ class LedgerWriter:
                 if len(self._promises) and self._promises.oldest.sequence == number:
                     self._write_oldest(measured)
         finally:
-            self._clear_promises()
+            if self._intact:
+                self._clear_promises()
 
     def _write_oldest(self, measured: NDArray[np.float32] | None = None) -> None:
         promise = self._promises.oldest
@@ -243,16 +243,22 @@ class LedgerWriter:
             payload = replace_contributions(payload, measured, self._walk.progress.num_instances)
         self._write(promise.kind, payload)
         self._promises.written()
+        self._intact = True
 
     def _clear_promises(self) -> None:
         if self._fsync == "step":
             self._log.sync()
-        self._promises.clear(sync=self._fsync == "step")
+        self._intact = False
+        try:
+            self._promises.clear(sync=self._fsync == "step")
+        except LedgerError:
+            self._intact = True  # The file is as it was.
+            raise
+        self._intact = True
 
     def _keep_promises(self) -> None:
         """Write what is promised as it was promised, because something else is to follow."""
         if len(self._promises):
-            self._promises.forget(self._walk.sequence)
             while len(self._promises):
                 self._write_oldest()
             self._clear_promises()
@@ -323,10 +329,11 @@ class LedgerWriter:
                 # What cannot be written now stays in the file of promises, and counts.
                 with suppress(LedgerError):
                     self._keep_promises()
-            self._promises.close()
+            self._promises.close(remove=self._intact)
         self._log.close()
 
     def _write(self, kind: int, payload: bytes) -> None:
+        """Append one frame; the writer is intact again when its caller has taken note."""
         walk = self._walk
         frame, chain = frames.seal(self.source.key, walk.chain, kind, walk.sequence + 1, payload)
         self._intact = False
@@ -336,11 +343,10 @@ class LedgerWriter:
             self._intact = True
             raise
         walk.sequence, walk.end, walk.chain = walk.sequence + 1, walk.end + len(frame), chain
-        self._intact = True
 
     def _record(self, kind: int, payload: bytes, event: Event | Merge | None) -> None:
         self._write(kind, payload)
-        walk, self._intact = self._walk, False
+        walk = self._walk
         if event is None:
             walk.progress.apply_mark()
         elif isinstance(event, Merge):

@@ -23,7 +23,7 @@ from per_instance_accountant.errors import PiaError
 from per_instance_accountant.ledger import Step
 from per_instance_accountant.opacus_adapter import capture, deferring
 
-LOOPS = int(os.environ.get("PIA_LOOPS", "48"))
+LOOPS = int(os.environ.get("PIA_LOOPS", "32"))
 COUNT, CLIP, DRAWN = 60, 0.8, 10
 WRONG = (
     *("rows missing", "rows twice", "two forwards", "two backwards", "two steps", "no zero_grad"),
