@@ -47,6 +47,9 @@ class FrameworkLoss:
     """A criterion for loops of frameworks: ordinary tensors, and ghost clipping once :meth:`bind` was called.
 
     plain: the criterion itself, for evaluation and other ways of clipping.
+
+    >>> FrameworkLoss(torch.nn.MSELoss())(torch.ones(2), torch.zeros(2)).item()
+    1.0
     """
 
     def __init__(self, plain: Callable[..., torch.Tensor]) -> None:
@@ -95,6 +98,10 @@ class LabelLosses:
 
     losses: a function of outputs and labels that returns (B,), or None for cross entropy of logits
     (B, classes) and labels (B,). Raises UnsupportedError PIA060 for logits of another shape.
+
+    >>> loss = LabelLosses(None, "sum")({"logits": torch.zeros(3, 2)}, torch.tensor([0, 1, 1]))
+    >>> round(loss.item(), 4)
+    2.0794
     """
 
     def __init__(self, losses: Callable[[Any, torch.Tensor], torch.Tensor] | None, reduction: str) -> None:

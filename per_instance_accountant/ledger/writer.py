@@ -201,6 +201,15 @@ class LedgerWriter:
 
         As durable as :meth:`append` and charged like it; raises as it does. For steps that are released
         before their contributions have come from an accelerator.
+
+        >>> phase = Phase(kind="train", sampling="poisson", sample_rate=0.5, noise_std=1.0, max_grad_norm=1.0,
+        ...               charging="worst_case", denominator=2.0, learning_rate=0.1)
+        >>> writer = LedgerWriter.create(None, Run(num_instances=3))
+        >>> writer.append(phase)
+        >>> number = writer.promise(Step(positions=np.array([1]), contributions=np.ones(1, np.float32)))
+        >>> writer.fulfil([(number, np.full(1, 0.25, np.float32))])
+        >>> [float(event.contributions[0]) for event in writer.ledger().events() if isinstance(event, Step)]
+        [0.25]
         """
         self._require_open()
         progress = self._walk.progress

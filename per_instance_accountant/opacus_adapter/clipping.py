@@ -126,7 +126,11 @@ def clip_on_device(norms: torch.Tensor, limits: torch.Tensor) -> tuple[torch.Ten
 
 def norms_on_device(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     """As :func:`instance_norms`, but (B,) float64 where the gradients are, up to the last bit (torch's root
-    may be off by one), and infinite also where squares overflow float32: above 1e19."""
+    may be off by one), and infinite also where squares overflow float32: above 1e19.
+
+    >>> norms_on_device([torch.tensor([[3.0, 4.0], [0.0, 1e30]])]).float().tolist()
+    [5.000040531158447, inf]
+    """
     return row_squares(gradients).sqrt() * (1 + NORM_SLACK)
 
 
@@ -198,7 +202,13 @@ def layer_factors_on_device(
     gradients: Sequence[torch.Tensor], limits: NDArray[np.float64]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`layer_factors` for tensors that stay where they are, up to the last bits of float64, for
-    which it leaves room."""
+    which it leaves room.
+
+    >>> rows = [torch.tensor([[3.0, 0.0]]), torch.tensor([[0.1]])]
+    >>> factors, together = layer_factors_on_device(rows, np.array([0.6, 0.8]))
+    >>> [round(factor, 4) for factor in factors[0].tolist()], round(together.item(), 4)
+    ([0.2, 1.0], 0.6083)
+    """
     norms = torch.stack([norms_on_device([gradient]) for gradient in gradients], dim=1)
     there = torch.stack([torch.full_like(norms[:, 0], limit) for limit in limits.tolist()], dim=1)
     factors, remaining = clip_on_device(norms, there)
