@@ -12,8 +12,8 @@ from tqdm.auto import tqdm
 
 from per_instance_accountant.ledger import Ledger
 from per_instance_accountant.ledger.frames import ReadAt
+from per_instance_accountant.ledger.promises import read_all
 from per_instance_accountant.ledger.storage import Source, directory_source
-from per_instance_accountant.ledger.walk import walk_to_end
 
 DELAY_S: Final = 1.0
 """Passes that end sooner show no bar."""
@@ -21,8 +21,7 @@ DELAY_S: Final = 1.0
 
 def open_ledger(path: str) -> Ledger:
     """As ``Ledger.open``; this and every later pass shows a bar on stderr if that is a terminal."""
-    source = _Watched(directory_source(Path(path)))
-    return Ledger(source, walk_to_end(source))
+    return Ledger(*read_all(_Watched(directory_source(Path(path)))))
 
 
 @final

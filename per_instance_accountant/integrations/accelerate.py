@@ -7,6 +7,7 @@ from typing import Any
 
 from per_instance_accountant.errors import UsageError
 from per_instance_accountant.integrations.desk import own_randomness, refuse, require, stand_in
+from per_instance_accountant.integrations.ghost_loss import ghost_criterion
 from per_instance_accountant.opacus_adapter import PrivacyEngine, Tracker
 from per_instance_accountant.opacus_adapter.loader import TrackedLoader, relay, split_evenly
 
@@ -17,15 +18,16 @@ from accelerate.utils import send_to_device  # noqa: E402
 
 
 def prepare(
-    accelerator: Accelerator, engine: PrivacyEngine, model: Any, optimizer: Any, data_loader: Any
-) -> tuple[Any, Any, AcceleratedLoader]:
-    """Prepare what ``engine.make_private`` returned for a loop of Accelerate.
+    accelerator: Accelerator, engine: PrivacyEngine, model: Any, optimizer: Any, *rest: Any
+) -> tuple[Any, ...]:
+    """Prepare what ``engine.make_private`` returned for a loop of Accelerate: the same tuple.
 
     Accelerate builds loaders anew and reads a batch ahead; the positions of the instances stay with the
     batch, and the step is attributed when the loop receives it. With ``gradient_accumulation_steps=k`` each
     Poisson draw is split evenly over k batches: ``data_loader`` draws whole steps. Use
-    ``accelerator.backward(loss)``. Returns (model, optimizer, loader). Raises UnsupportedError PIA100 for
-    several processes, float16 and ghost clipping, UsageError PIA071 for objects of another engine.
+    ``accelerator.backward(loss)``. Returns (model, optimizer, loader), and with ghost clipping (model,
+    optimizer, criterion, loader): losses of this criterion are ordinary tensors. Raises UnsupportedError
+    PIA100 for several processes and float16, UsageError PIA071 for objects of another engine.
 
     >>> import torch
     >>> from torch.utils.data import DataLoader, TensorDataset
@@ -43,7 +45,7 @@ def prepare(
     >>> engine.ledger.num_steps
     2
     """
-    tracker = engine.tracker
+    tracker, data_loader = engine.tracker, rest[-1] if rest else None
     if optimizer is not tracker.optimizer or not isinstance(data_loader, TrackedLoader):
         raise UsageError(
             "PIA071",
@@ -55,8 +57,6 @@ def prepare(
         refuse("an Accelerator over several processes", "torchrun with DPDDP: docs/several_processes.md")
     if accelerator.mixed_precision == "fp16":
         refuse("mixed_precision='fp16', which scales losses", "Accelerator(mixed_precision='no')")
-    if tracker.recorder.setting.grad_sample_mode == "ghost":
-        refuse("ghost clipping with accelerator.backward", "make_private(grad_sample_mode='hooks')")
     parts = accelerator.gradient_accumulation_steps
     empty = send_to_device(stand_in(data_loader, optimizer), accelerator.device)
     split = split_evenly(data_loader, parts)
@@ -65,7 +65,8 @@ def prepare(
     model, optimizer = accelerator.prepare(model, optimizer)
     # Now that the parameters are where they stay: noise is drawn on their device.
     own_randomness(tracker.optimizer, data_loader)
-    return model, optimizer, AcceleratedLoader(shard, split, tracker, empty)
+    criterion = [ghost_criterion(loss) for loss in rest[:-1]]
+    return model, optimizer, *criterion, AcceleratedLoader(shard, split, tracker, empty)
 
 
 class AcceleratedLoader:

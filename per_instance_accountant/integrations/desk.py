@@ -134,6 +134,11 @@ def continue_from(engine: PrivacyEngine, saved: Any) -> None:
     engine.tracker.draws.resume(saved.get("draws", []))
 
 
+def uses_ghost(options: Mapping[str, Any]) -> bool:
+    """Whether ``make_private`` with these options returns a criterion that must be used."""
+    return "ghost" in str(options.get("grad_sample_mode", "hooks"))
+
+
 def refuse(happened: str, fix: str) -> NoReturn:
     """Raise UnsupportedError PIA100."""
     raise UnsupportedError(
@@ -147,11 +152,6 @@ def refuse(happened: str, fix: str) -> NoReturn:
 def refuse_arguments(options: Mapping[str, Any]) -> None:
     """Raise UnsupportedError PIA100 for arguments of ``make_private`` that no framework's loop can carry
     out."""
-    if "ghost" in str(options.get("grad_sample_mode", "hooks")):
-        refuse(
-            "ghost clipping inside a framework, which calls backward on its own loss",
-            'grad_sample_mode="hooks", or a plain loop with the criterion that make_private returns',
-        )
     owned = sorted({"module", "optimizer", "data_loader", "wrap_model"} & set(options))
     if owned:
         refuse(f"{', '.join(owned)} given to the callback", "leave them out: the framework's own are used")

@@ -17,7 +17,9 @@ from per_instance_accountant.integrations.desk import (
     refuse_arguments,
     require,
     stand_in,
+    uses_ghost,
 )
+from per_instance_accountant.integrations.ghost_loss import FrameworkLoss
 from per_instance_accountant.opacus_adapter import PrivacyEngine, Tracker
 from per_instance_accountant.opacus_adapter.loader import TrackedLoader, check_loader, split_evenly
 
@@ -33,7 +35,10 @@ class IndividualPrivacyCallback(L.Callback):
     engine: a fresh PrivacyEngine. noise_multiplier, max_grad_norm and other options: as for
     ``make_private``. delta: with it the running epsilons are logged at the end of each epoch (as private as
     the data). criterion: the loss that the sweeps of ``Sweep`` measure, over the module that
-    :func:`trained_module` finds.
+    :func:`trained_module` finds, and that :attr:`loss` computes; cross entropy if none is given.
+
+    With ghost clipping a ``training_step`` returns ``privacy.loss(output, target)``, an ordinary tensor
+    whose backward pass runs the two passes of ghost clipping.
 
     Pass the loader through :meth:`loader`. The expected size of a draw is about its batch size times
     ``accumulate_grad_batches``; each draw is split evenly over the accumulated batches.
@@ -48,6 +53,11 @@ class IndividualPrivacyCallback(L.Callback):
         refuse_arguments(options)
         self.engine, self.delta = engine, delta
         self._options = options
+        self.loss = FrameworkLoss(
+            options.get("criterion")
+            or torch.nn.CrossEntropyLoss(reduction=options.get("loss_reduction", "mean"))
+        )
+        """The criterion of the loop, with every way of clipping; needed with ghost clipping."""
         self._loader: PrivateLoader | None = None
         self._saved: Any = None
         self._optimizer: Any = None
@@ -89,13 +99,16 @@ class IndividualPrivacyCallback(L.Callback):
                 "trainer.fit(module, privacy.loader(DataLoader(dataset, batch_size=...)))",
             )
         parts = trainer.accumulate_grad_batches
-        _, optimizer, loader = self.engine.make_private(
+        made = self.engine.make_private(
             module=trained_module(pl_module, trainer.optimizers[0]),
             optimizer=trainer.optimizers[0],
             data_loader=self._loader.drawing(parts),
             wrap_model=False,
             **self._options,
         )
+        optimizer, loader = made[1], made[-1]
+        if uses_ghost(self._options):
+            self.loss.bind(made[2])
         own_randomness(optimizer, loader)
         if trainer.ckpt_path is not None:
             continue_from(self.engine, self._saved)
@@ -131,7 +144,7 @@ class IndividualPrivacyCallback(L.Callback):
             pl_module.log_dict(self.engine.metrics(self.delta))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.engine.tracker.recorder.writer.flush()
+        self.engine.tracker.recorder.flush()
 
 
 class PrivateLoader:

@@ -19,7 +19,9 @@ from per_instance_accountant.integrations.desk import (
     refuse_arguments,
     require,
     stand_in,
+    uses_ghost,
 )
+from per_instance_accountant.integrations.ghost_loss import FrameworkLoss, LabelLosses, ghost_criterion
 from per_instance_accountant.opacus_adapter import PrivacyEngine
 from per_instance_accountant.opacus_adapter.loader import TrackedLoader, split_evenly
 
@@ -45,7 +47,9 @@ class IndividualPrivacyCallback(TrainerCallback, ExportableState):
     Trainer fetches batches ahead; the model's forward pass hands it in. With gradient accumulation each
     Poisson draw is split evenly, so one optimizer step is one draw. Losses must be means over instances:
     ``num_items_in_batch`` is withheld, because a loss divided by it lets one instance scale the gradients of
-    the others.
+    the others. With ghost clipping the losses are computed from outputs and labels, one for each instance:
+    ``criterion=losses`` with ``losses(outputs, labels)`` of shape (B,), cross entropy of a classification if
+    none is given.
 
     >>> from transformers import TrainingArguments
     >>> privacy = IndividualPrivacyCallback(PrivacyEngine(accountant="rdp"), noise_multiplier=1.0,
@@ -80,22 +84,28 @@ class IndividualPrivacyCallback(TrainerCallback, ExportableState):
                 "IndividualPrivacyCallback(PrivacyEngine(ledger=...), ...) for each Trainer",
             )
         _refuse_settings(trainer)
+        ghost = uses_ghost(self._options)
+        if ghost:
+            _use_own_losses(trainer, self._options)
         parts = trainer.args.gradient_accumulation_steps
         model: Any = trainer.model
         model.train()
         trainer.create_optimizer()
-        _, optimizer, loader = self.engine.make_private(
+        made = self.engine.make_private(
             module=model,
             optimizer=trainer.optimizer,
             data_loader=_plain_loader(trainer, parts),
-            criterion=_own_loss,
-            wrap_model=False,
-            **self._options,
+            **{"criterion": _own_loss, "wrap_model": False, **self._options},
         )
+        optimizer, loader = made[1], made[-1]
         own_randomness(optimizer, loader)
         desk = Desk(self.engine.tracker)
         loader.consumer = desk
-        if trainer.compute_loss_func is not None:
+        if ghost:
+            trainer.compute_loss_func = _InstanceMean(ghost_criterion(made[2]))
+            # The Trainer multiplies p.grad by 1 to find its norm, and logs what it finds.
+            optimizer.hides_sum = True
+        elif trainer.compute_loss_func is not None:
             trainer.compute_loss_func = _InstanceMean(trainer.compute_loss_func)
         elif not getattr(trainer, "loss_is_scaled_for_ga", None):
             # The Trainer divides by the number of accumulated batches; each is a part of one draw already.
@@ -148,7 +158,7 @@ class IndividualPrivacyCallback(TrainerCallback, ExportableState):
             state.log_history[-1].update(values)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
-        self.engine.tracker.recorder.writer.flush()
+        self.engine.tracker.recorder.flush()
 
 
 class TicketLoader:
@@ -201,7 +211,18 @@ class _InstanceMean:
         self._loss = loss
 
     def __call__(self, outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
-        return self._loss(outputs, labels, num_items_in_batch=None)
+        ghost = isinstance(self._loss, FrameworkLoss)
+        return self._loss(outputs, labels, **({} if ghost else {"num_items_in_batch": None}))
+
+
+def _use_own_losses(trainer: Trainer, options: dict[str, Any]) -> None:
+    """Ghost clipping needs the loss of each instance, not the mean that the model computes."""
+    if trainer.compute_loss_func is not None:
+        refuse(
+            "compute_loss_func under ghost clipping, which needs the loss of each instance",
+            "IndividualPrivacyCallback(..., criterion=losses), losses(outputs, labels) of shape (B,)",
+        )
+    options["criterion"] = LabelLosses(options.get("criterion"), options.get("loss_reduction", "mean"))
 
 
 def _check_labels(labels: torch.Tensor) -> None:

@@ -105,6 +105,23 @@ def _decode_step(payload: bytes, num_instances: int) -> Step:
     return Step(positions=positions, contributions=contributions.astype(np.float32, copy=False))
 
 
+def replace_contributions(payload: bytes, measured: NDArray[np.float32], num_instances: int) -> bytes:
+    """The payload of a step with other contributions, none of them above the one that stands there.
+
+    Raises UsageError PIA070 for a larger or negative one, NaN, or another number of them.
+    """
+    bounds = _decode_step(payload, num_instances).contributions
+    # Written as what must hold, so that NaN fails it.
+    if measured.shape != bounds.shape or not bool(((measured >= 0) & (measured <= bounds)).all()):
+        raise UsageError(
+            "PIA070",
+            "contributions are not within the bounds that were promised for their step",
+            "The step stays charged at the bounds",
+            "promise bounds that hold whatever the gradients are",
+        )
+    return payload[: 4 * len(bounds)] + measured.astype("<f4", copy=False).tobytes()
+
+
 def _encode_thresholds(event: Thresholds, num_instances: int) -> bytes:
     return _U32.pack(_SOURCES.index(event.source)) + event.values.astype("<f4", copy=False).tobytes()
 

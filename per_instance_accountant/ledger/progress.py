@@ -210,12 +210,14 @@ class Progress:
         self.pending = False
 
     def _check_positions(self, positions: NDArray[np.int64]) -> None:
-        if positions.min() < 0 or positions.max() >= self.num_instances:
+        rising = bool((positions[1:] > positions[:-1]).all())  # As most samplers deliver them.
+        low, high = (positions[0], positions[-1]) if rising else (positions.min(), positions.max())
+        if low < 0 or high >= self.num_instances:
             raise _contradiction(
                 f"an event names positions outside [0, {self.num_instances})",
                 "record positions in the data set that Run(num_instances=...) describes",
             )
-        if not _are_distinct(positions):
+        if not rising and not _are_distinct(positions):
             raise _contradiction(
                 "an event names an instance more than once",
                 "add up the contributions of an instance that was drawn twice",
@@ -243,9 +245,7 @@ class Progress:
 
 
 def _are_distinct(positions: NDArray[np.int64]) -> bool:
-    """Whether positions below 2**31 are distinct; most samplers deliver them rising."""
-    if bool((positions[1:] > positions[:-1]).all()):
-        return True
+    """Whether positions below 2**31 are distinct."""
     ordered = np.sort(positions.astype(np.int32))
     return bool((ordered[1:] > ordered[:-1]).all())
 

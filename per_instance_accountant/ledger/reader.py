@@ -15,9 +15,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from per_instance_accountant.errors import GuaranteeError, PlanError, UsageError
 from per_instance_accountant.ledger.frames import damaged
+from per_instance_accountant.ledger.promises import read_all
 from per_instance_accountant.ledger.records import Disclosure, Event, Phase, Run, is_hex
 from per_instance_accountant.ledger.storage import Source, directory_source
-from per_instance_accountant.ledger.walk import DIGEST_PREFIX, RunningDigest, Walk, walk_to_end
+from per_instance_accountant.ledger.walk import DIGEST_PREFIX, RunningDigest, Walk
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +76,8 @@ def _refuse_anchor() -> NoReturn:
 class Ledger:
     """A verified view of what a ledger held when it was opened; later appends do not change it.
 
-    Steps stay in the file: ``events()`` reads and verifies them one by one.
+    Steps that are promised and not yet measured (``LedgerWriter.promise``) count as promised. Steps stay in
+    the file: ``events()`` reads and verifies them one by one.
 
     >>> import numpy as np
     >>> from per_instance_accountant.ledger import LedgerWriter
@@ -126,8 +128,7 @@ class Ledger:
         """
         if isinstance(path, Ledger):
             return path
-        source = directory_source(Path(path))
-        return cls(source, walk_to_end(source))
+        return cls(*read_all(directory_source(Path(path))))
 
     def __repr__(self) -> str:
         return f"<Ledger: {self.num_steps} steps, {self.num_instances} instances>"

@@ -141,21 +141,30 @@ def _open_file(path: Path, name: str, flags: int) -> int:
     return descriptor
 
 
+def read_file(path: Path, name: str) -> bytes:
+    """All bytes of a file of a ledger, none if there is no such file. Raises LedgerError PIA041."""
+    try:
+        with open(_open_file(path, name, os.O_RDONLY), "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise unreadable(error) from None
+
+
 @final
 class DirectoryLog:
-    """The one writer of ``path/events.log``, for as long as it is open.
+    """The one writer of ``path/events.log``, or of another file, for as long as it is open.
 
     Raises LedgerError PIA044 if another writer holds the log, PIA041 if the system refuses.
     """
 
-    def __init__(self, path: Path, *, create: bool) -> None:
+    def __init__(self, path: Path, *, create: bool, name: str = LOG_NAME) -> None:
         self._descriptor = -1
         try:
             if create:
                 path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._descriptor = _open_file(
-                path, LOG_NAME, os.O_RDWR | os.O_APPEND | (os.O_CREAT if create else 0)
-            )
+            self._descriptor = _open_file(path, name, os.O_RDWR | os.O_APPEND | (os.O_CREAT if create else 0))
             self.end = os.fstat(self._descriptor).st_size
         except OSError as error:
             raise unreadable(error) from None

@@ -3,40 +3,48 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, NoReturn, Self, final
+from typing import Literal, Self, final
 
-from per_instance_accountant.errors import LedgerError, UsageError
+import numpy as np
+from numpy.typing import NDArray
+
+from per_instance_accountant.errors import LedgerError
 from per_instance_accountant.ledger import frames
 from per_instance_accountant.ledger.encoding import (
-    MAX_RUN,
     StoredRun,
     checked_run,
+    decode,
     decode_run,
     encode,
     encode_run,
+    replace_contributions,
 )
 from per_instance_accountant.ledger.merged import Merge, encode_merge
 from per_instance_accountant.ledger.progress import Progress
+from per_instance_accountant.ledger.promises import (
+    Promise,
+    Promises,
+    outstanding,
+    promised_bytes,
+    remove_promises,
+)
 from per_instance_accountant.ledger.reader import Anchor, Ledger
-from per_instance_accountant.ledger.records import Event, Resume, Run, new_run_id
+from per_instance_accountant.ledger.records import Event, Phase, Resume, Run, Step, new_run_id
+from per_instance_accountant.ledger.refusals import check_fsync, refuse_anchor, refuse_facts, refuse_foreign
 from per_instance_accountant.ledger.storage import (
-    KEY_NAME,
-    KEY_SIZE,
-    LOG_NAME,
     DirectoryLog,
-    DirectorySource,
     Log,
     Memory,
     Source,
     directory_source,
     in_use,
     make_private,
-    unreadable,
 )
 from per_instance_accountant.ledger.walk import RunningDigest, Walk, walk_to_end
 
@@ -67,6 +75,7 @@ class LedgerWriter:
         self._log, self.source, self._walk, self._fsync = log, source, walk, fsync
         self._digest = RunningDigest(source)
         self._process, self._closed, self._intact = os.getpid(), False, True
+        self._promises = Promises(source.path, source.key)
 
     @classmethod
     def create(cls, path: str | os.PathLike[str] | None, run: Run, *, fsync: Fsync = "close") -> LedgerWriter:
@@ -75,7 +84,7 @@ class LedgerWriter:
         Raises LedgerError PIA045 if there are recorded facts, PIA044 if another writer is active, PIA041 if
         the system refuses; UsageError PIA070, PIA071 for ids, groups or assumptions that cannot be stored.
         """
-        _check_fsync(fsync)
+        check_fsync(fsync)
         created = datetime.now(UTC).isoformat(timespec="seconds")
         stored = replace(checked_run(run), run_id=run.run_id or new_run_id())
         return cls.create_stored(path, StoredRun(run=stored, created=created), fsync)
@@ -90,10 +99,10 @@ class LedgerWriter:
             memory = Memory()
             return cls._begin(memory, memory, payload, fsync)
         directory = Path(path)
-        _refuse_foreign(directory)
+        refuse_foreign(directory)
         log = DirectoryLog(directory, create=True)
         try:
-            _refuse_facts(directory)
+            refuse_facts(directory)
             log.truncate(0)
             make_private(directory)
             return cls._begin(log, directory_source(directory), payload, fsync)
@@ -117,7 +126,8 @@ class LedgerWriter:
     ) -> LedgerWriter:
         """Continue a ledger from the model checkpoint that ``anchor`` was saved with.
 
-        A ledger that is ahead of the anchor gets ``Resume(at_step=anchor.steps)``: the later steps stay
+        Steps that were promised and never measured stay charged as promised. A ledger that is ahead of the
+        anchor gets ``Resume(at_step=anchor.steps)``: the later steps stay
         charged, and a Phase or Thresholds stated since the anchor must be stated again. Without an anchor the
         writer goes on where the ledger ends. An unfinished last frame is cut off. A part of a run on several
         ranks always gets a Resume, so that the sessions of all ranks can be told apart; a merged ledger takes
@@ -126,7 +136,7 @@ class LedgerWriter:
         Raises LedgerError PIA040 (anchor newer than the ledger, or of another run), PIA041, PIA042, PIA043,
         PIA044.
         """
-        _check_fsync(fsync)
+        check_fsync(fsync)
         directory = Path(path)
         source = directory_source(directory)
         log = DirectoryLog(directory, create=False)
@@ -134,10 +144,12 @@ class LedgerWriter:
             walk = walk_to_end(source)
             ledger = Ledger(source, walk)
             if anchor is not None and not ledger.holds(anchor):
-                _refuse_anchor(anchor, ledger)
+                refuse_anchor(anchor, ledger)
+            promises = list(outstanding(promised_bytes(source), walk, source.key))
             if log.end != walk.end:
                 log.truncate(walk.end)
             writer = cls(log, source, walk, fsync)
+            writer._take_over(promises)
             if (at_step := _step_to_resume(ledger, walk, anchor)) is not None:
                 writer.append(Resume(at_step=at_step))
             return writer
@@ -178,18 +190,109 @@ class LedgerWriter:
         progress = self._walk.progress
         progress.check(event)
         kind, payload = encode(event, progress.num_instances)
+        self._keep_promises()
         self._record(kind, payload, event)
         if self._fsync == "step" or kind == frames.THRESHOLDS:
             self._log.sync()
 
+    def promise(self, event: Phase | Step) -> int:
+        """Record a fact now whose contributions are upper bounds until :meth:`fulfil` replaces them: its
+        number, for that.
+
+        As durable as :meth:`append` and charged like it; raises as it does. For steps that are released
+        before their contributions have come from an accelerator.
+
+        >>> phase = Phase(kind="train", sampling="poisson", sample_rate=0.5, noise_std=1.0, max_grad_norm=1.0,
+        ...               charging="worst_case", denominator=2.0, learning_rate=0.1)
+        >>> writer = LedgerWriter.create(None, Run(num_instances=3))
+        >>> writer.append(phase)
+        >>> number = writer.promise(Step(positions=np.array([1]), contributions=np.ones(1, np.float32)))
+        >>> writer.fulfil([(number, np.full(1, 0.25, np.float32))])
+        >>> [float(event.contributions[0]) for event in writer.ledger().events() if isinstance(event, Step)]
+        [0.25]
+        """
+        self._require_open()
+        progress = self._walk.progress
+        progress.check(event)
+        kind, payload = encode(event, progress.num_instances)
+        number = self._walk.sequence + len(self._promises) + 1
+        self._intact = False
+        try:
+            self._promises.add(Promise(number, kind, payload), sync=self._fsync == "step")
+        except LedgerError:
+            self._intact = True
+            raise
+        progress.apply(event)
+        self._intact = True
+        return number
+
+    def fulfil(self, steps: Sequence[tuple[int, NDArray[np.float32]]]) -> None:
+        """Write promised steps with their contributions: (number, (B,) contributions), oldest first.
+
+        What was promised before one of them and is not among them is written as promised, and what was
+        written as promised already, because another fact followed, stays so. Raises UsageError PIA070 for
+        contributions that are not within what was promised, LedgerError PIA041; a step that was not written
+        stays promised.
+        """
+        self._require_open()
+        try:
+            for number, measured in steps:
+                while len(self._promises) and self._promises.oldest.sequence < number:
+                    self._write_oldest()
+                if len(self._promises) and self._promises.oldest.sequence == number:
+                    self._write_oldest(measured)
+        finally:
+            if self._intact:
+                self._clear_promises()
+
+    def _write_oldest(self, measured: NDArray[np.float32] | None = None) -> None:
+        promise = self._promises.oldest
+        payload = promise.payload
+        if measured is not None:
+            payload = replace_contributions(payload, measured, self._walk.progress.num_instances)
+        self._write(promise.kind, payload)
+        self._promises.written()
+        self._intact = True
+
+    def _clear_promises(self) -> None:
+        if self._fsync == "step":
+            self._log.sync()
+        self._intact = False
+        try:
+            self._promises.clear(sync=self._fsync == "step")
+        except LedgerError:
+            self._intact = True  # The file is as it was.
+            raise
+        self._intact = True
+
+    def _keep_promises(self) -> None:
+        """Write what is promised as it was promised, because something else is to follow."""
+        if len(self._promises):
+            while len(self._promises):
+                self._write_oldest()
+            self._clear_promises()
+
+    def _take_over(self, promises: list[Promise]) -> None:
+        """Write what an earlier session promised and did not write."""
+        for promise in promises:
+            event = decode(promise.kind, promise.payload, self._walk.progress.num_instances)
+            self._walk.progress.check(event)
+            self._record(promise.kind, promise.payload, event)
+        if promises:
+            self._log.sync()
+        if self.source.path is not None:
+            remove_promises(self.source.path)
+
     def append_merge(self, merge: Merge) -> None:
         """Not for callers: state once how :func:`merge_parts` made this ledger."""
         self._require_open()
+        self._keep_promises()
         self._record(frames.MERGE, encode_merge(merge), merge)
 
     def flush(self) -> None:
         """Record that the last step was released, and force everything to the device."""
         self._require_open()
+        self._keep_promises()
         if self._walk.progress.pending:
             self._record(frames.MARK, b"", None)
         self._log.sync()
@@ -210,7 +313,10 @@ class LedgerWriter:
             self._end()
 
     def ledger(self) -> Ledger:
-        """What is written so far, without reading it again."""
+        """What is recorded so far, without reading it again. Steps still promised stay as promised."""
+        if not self._closed:
+            self._require_open()
+            self._keep_promises()
         return Ledger(self.source, self._walk)
 
     def __enter__(self) -> Self:
@@ -227,9 +333,16 @@ class LedgerWriter:
 
     def _end(self) -> None:
         self._closed = True
+        if self._process == os.getpid():
+            if self._intact:
+                # What cannot be written now stays in the file of promises, and counts.
+                with suppress(LedgerError):
+                    self._keep_promises()
+            self._promises.close(remove=self._intact)
         self._log.close()
 
-    def _record(self, kind: int, payload: bytes, event: Event | Merge | None) -> None:
+    def _write(self, kind: int, payload: bytes) -> None:
+        """Append one frame; the writer is intact again when its caller has taken note."""
         walk = self._walk
         frame, chain = frames.seal(self.source.key, walk.chain, kind, walk.sequence + 1, payload)
         self._intact = False
@@ -239,6 +352,10 @@ class LedgerWriter:
             self._intact = True
             raise
         walk.sequence, walk.end, walk.chain = walk.sequence + 1, walk.end + len(frame), chain
+
+    def _record(self, kind: int, payload: bytes, event: Event | Merge | None) -> None:
+        self._write(kind, payload)
+        walk = self._walk
         if event is None:
             walk.progress.apply_mark()
         elif isinstance(event, Merge):
@@ -265,56 +382,3 @@ def _step_to_resume(ledger: Ledger, walk: Walk, anchor: Anchor | None) -> int | 
         return merged
     behind = anchor.sequence < walk.sequence
     return anchor.steps if behind or ledger.run.world_size > 1 else None
-
-
-def _check_fsync(fsync: str) -> None:
-    if fsync not in ("close", "step"):
-        raise UsageError(
-            "PIA070",
-            f"fsync is {fsync!r}, allowed are 'close' and 'step'",
-            "Nobody could say which steps survive a power loss",
-            'LedgerWriter.create(path, run, fsync="step")',
-        )
-
-
-def _refuse_foreign(directory: Path) -> None:
-    """A ledger makes its directory owner-only, which must not happen to a directory with other contents."""
-    try:
-        foreign = set(os.listdir(directory)) - {LOG_NAME, KEY_NAME}
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise unreadable(error) from None
-    if foreign:
-        raise LedgerError(
-            "PIA045",
-            f"the directory holds {len(foreign)} files that are no part of a ledger",
-            "Nothing was recorded",
-            'LedgerWriter.create("runs/a_new_directory", run)',
-        )
-
-
-def _refuse_facts(directory: Path) -> None:
-    """Only a log without a whole frame (an interrupted creation) may be started afresh."""
-    # The key may be gone while the facts are not, so it has no say: a wrong one makes every frame an error.
-    source = DirectorySource(directory, bytes(KEY_SIZE))
-    with source.reading() as (read_at, size), suppress(LedgerError):
-        if next(frames.read_frames(read_at, size, source.key, lambda kind: MAX_RUN), None) is None:
-            return
-    raise LedgerError(
-        "PIA045",
-        "the directory already holds a ledger",
-        "A second run in it would hide the steps of the first",
-        "LedgerWriter.resume(path, anchor=anchor_of_the_checkpoint), or choose a new directory",
-    )
-
-
-def _refuse_anchor(anchor: Anchor, ledger: Ledger) -> NoReturn:
-    same = anchor.run_id == ledger.anchor.run_id
-    raise LedgerError(
-        "PIA040",
-        f"the checkpoint was saved after {anchor.steps} steps and the ledger holds {ledger.num_steps}"
-        + ("" if same else ", of another run"),
-        "Steps that this model has taken would not be charged",
-        "LedgerWriter.resume(path_of_the_ledger_saved_with_this_checkpoint, anchor)",
-    )

@@ -56,17 +56,14 @@ def adopt_budget(writer: LedgerWriter, budget: PrivacyFilter | None, mechanism: 
 
 
 def not_admitted(
-    spending: Spending | None, positions: NDArray[np.int64], taken: Iterable[NDArray[np.int64]]
+    spending: Spending, positions: NDArray[np.int64], taken: Iterable[NDArray[np.int64]]
 ) -> NDArray[np.bool_]:
     """(B,) who must not enter the sum: the dropped, and repetitions within one logical batch.
 
     taken: positions of its earlier parts. A loader that repeats an instance would let it contribute
-    twice what its budget was compared with. Without a filter everybody enters.
+    twice what its budget was compared with.
     """
-    out = np.zeros(len(positions), dtype=np.bool_)
-    if spending is None:
-        return out
-    out[:] = True
+    out = np.ones(len(positions), dtype=np.bool_)
     out[np.unique(positions, return_index=True)[1]] = False
     for earlier in taken:
         out |= np.isin(positions, earlier)

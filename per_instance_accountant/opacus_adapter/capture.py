@@ -15,11 +15,13 @@ from per_instance_accountant.errors import AlignmentError, GuaranteeError, Unsup
 from per_instance_accountant.ledger import Ledger
 from per_instance_accountant.opacus_adapter.checkpoints import NoiseSessions
 from per_instance_accountant.opacus_adapter.clipping import clip_factors
+from per_instance_accountant.opacus_adapter.deferring import Observation
 from per_instance_accountant.opacus_adapter.drawing import DrawSessions
 from per_instance_accountant.opacus_adapter.layers import check_statistics, normalising_layers
 from per_instance_accountant.opacus_adapter.loader import Delivery
-from per_instance_accountant.opacus_adapter.recording import Observation, Recorder
+from per_instance_accountant.opacus_adapter.recording import Recorder
 from per_instance_accountant.opacus_adapter.verifying import Verifier
+from per_instance_accountant.opacus_adapter.watching import addresses, broken, refuse_hook
 
 SAFE_LOOP = "zero_grad, one forward, one backward, one optimizer.step() for each batch of the returned loader"
 SWEEP_BATCH = 256
@@ -69,7 +71,8 @@ class Tracker:
 
     @property
     def ledger(self) -> Ledger:
-        """What is written so far."""
+        """What is written so far; waits for an accelerator that has not delivered all of it."""
+        self.recorder.drain()
         return self.recorder.writer.ledger()
 
     @property
@@ -116,9 +119,12 @@ class Tracker:
             )
 
     def check_boundary(self) -> None:
-        """Raise AlignmentError PIA002 when part of a logical batch is accumulated and not released."""
+        """Raise AlignmentError PIA002 when part of a logical batch is accumulated and not released, PIA006
+        when a device has made the last steps void."""
         if self._pending:
-            _broken("a logical batch is accumulated in part, and its last part was not stepped")
+            broken("a logical batch is accumulated in part, and its last part was not stepped")
+        self.recorder.drain()
+        self.recorder.deferral.check()
 
     def open_loop(self) -> int:
         """A loop over the loader begins: its number. Raises AlignmentError PIA002 inside a logical batch,
@@ -134,18 +140,19 @@ class Tracker:
         if self._batch is not None:
             self._discard(self._batch)
         if self._pending and batch.part.first:
-            _broken("a new logical batch began before the last part of the one before was stepped")
+            broken("a new logical batch began before the last part of the one before was stepped")
         if not batch.part.first and key != self._open:
-            _broken("the parts of a logical batch did not arrive one after the other")
+            broken("the parts of a logical batch did not arrive one after the other")
         if batch.part.first:
             self._sweep(min(batch.limit or SWEEP_BATCH, SWEEP_BATCH))
             self.recorder.enforce_budgets()
         self._batch, self._open = batch, key
+        self.verifier.received(batch.content)
         self.optimizer._step_skip_queue[:] = [] if batch.part.last else [True]
 
     def _discard(self, batch: Delivery) -> None:
         if self._pending:
-            _broken("a part of a logical batch was skipped after another part had been accumulated")
+            broken("a part of a logical batch was skipped after another part had been accumulated")
         self._skipped = (batch.loop, batch.part.logical)
         self._stale = [*self._stale[-LOOK_BACK:], batch.content]
         self._batch, self._measured = None, None
@@ -176,8 +183,8 @@ class Tracker:
                 self.verifier.before_forward()
 
     def _check_identity(self, inputs: Any) -> None:
-        mine = _addresses(self._batch.content) if self._batch else set()
-        if (_addresses(inputs) - mine) & _addresses(self._stale):
+        mine = addresses(self._batch.content) if self._batch else set()
+        if (addresses(inputs) - mine) & addresses(self._stale):
             raise AlignmentError(
                 "PIA007",
                 "the model was given a batch after a later batch had been read",
@@ -187,20 +194,19 @@ class Tracker:
 
     def check_loop(self) -> None:
         """All guards that need no gradient. Raises AlignmentError, or UnsupportedError for a GradScaler."""
+        self.recorder.deferral.check()
         batch, optimizer = self._current(), self.optimizer
         if self._skipped == (batch.loop, batch.part.logical):
-            _broken("a part of a logical batch was stepped after another part had been skipped")
+            broken("a part of a logical batch was stepped after another part had been skipped")
         if optimizer._step_skip_queue != ([] if batch.part.last else [True]):
-            _broken(
-                "signal_skip_step was called by hand", "use BatchMemoryManager for larger logical batches"
-            )
+            broken("signal_skip_step was called by hand", "use BatchMemoryManager for larger logical batches")
         if not self._pending and optimizer.holds_sum:
-            _broken(
+            broken(
                 "the clipped sum of an earlier batch is still on the parameters",
                 "optimizer.zero_grad() before every backward pass (model.zero_grad() is not enough)",
             )
         if optimizer.step_hook is not self._hook:
-            _refuse_hook()
+            refuse_hook()
         if self._forwards != 1 and self.watches_forward:
             raise AlignmentError(
                 "PIA005",
@@ -246,21 +252,7 @@ class Tracker:
         norms: (B,) upper bounds. Raises AlignmentError PIA003 for a wrong number of rows, PIA005 for a second
         backward pass, PIA006 for gradients that are not finite.
         """
-        rows, mapping = self._current().rows, self.recorder.setting.positions
-        if self._measured is not None:
-            raise AlignmentError(
-                "PIA005",
-                "a second backward pass before optimizer.step()",
-                "Gradients would be released without being recorded, or lost",
-                SAFE_LOOP,
-            )
-        if len(norms) != len(rows):
-            raise AlignmentError(
-                "PIA003",
-                f"{len(norms)} per-sample gradients for a batch of {len(rows)} instances",
-                "Gradients cannot be attributed to instances",
-                "model(x) with the whole x: no filtering, repeating or reshaping of its first dimension",
-            )
+        self._check_rows(len(norms))
         bad = int(np.count_nonzero(~np.isfinite(norms)))
         if bad:
             raise AlignmentError(
@@ -269,19 +261,56 @@ class Tracker:
                 "The release would expose these instances, so nothing was added and nothing written",
                 "remove or repair these instances or lower the learning rate; engine.abandon()",
             )
-        part = self._current().part
-        self.verifier.check(self._current().content, norms)
-        self.recorder.compare_loss(rows, norms, first=part.first, last=part.last)
+        batch = self._current()
+        self.verifier.check(norms)
+        self.recorder.loss.compare(batch.rows, norms, first=batch.part.first, last=batch.part.last)
+        positions, limits, mechanism = self._admit()
+        factors, contributions = clip_factors(norms, limits)
+        contributions = self.optimizer.charged(contributions, limits)
+        self._measured = Observation(positions, contributions)
+        self._mechanism = mechanism
+        return factors
+
+    def defers(self, device: torch.device) -> bool:
+        """Whether the norms of the batch in hand are to stay on this device: see :meth:`clip_there`."""
+        return self.verifier.how == "off" and self.recorder.defers(device)
+
+    def clip_there(self, norms: torch.Tensor) -> torch.Tensor:
+        """As :meth:`clip`, for norms (B,) float64 on a device that nobody waits for. Where one of them is not
+        finite, the device makes the release void, and PIA006 follows."""
+        self._check_rows(len(norms))
+        positions, limits, mechanism = self._admit()
+        factors, self._measured = self.recorder.deferral.clip(norms, positions, limits)
+        self._mechanism = mechanism
+        return factors
+
+    def _check_rows(self, count: int) -> None:
+        rows = self._current().rows
+        if self._measured is not None:
+            raise AlignmentError(
+                "PIA005",
+                "a second backward pass before optimizer.step()",
+                "Gradients would be released without being recorded, or lost",
+                SAFE_LOOP,
+            )
+        if count != len(rows):
+            raise AlignmentError(
+                "PIA003",
+                f"{count} per-sample gradients for a batch of {len(rows)} instances",
+                "Gradients cannot be attributed to instances",
+                "model(x) with the whole x: no filtering, repeating or reshaping of its first dimension",
+            )
+
+    def _admit(self) -> tuple[NDArray[np.int64], NDArray[np.float64], tuple[float, ...]]:
+        """Positions of the batch in hand, (B,) norms at which they are clipped, and the mechanism."""
+        rows, mapping = self._current().rows, self.recorder.setting.positions
         positions = rows if mapping is None else mapping[rows]
         mechanism = self.optimizer.mechanism_now
         if self._mechanism is None:
             # Again, because noise or clip norm may have changed since the batch was handed out.
             self.recorder.enforce_budgets()
         limits = self.recorder.limits(positions, mechanism[1], self._pending)
-        factors, contributions = clip_factors(norms, limits)
-        contributions = self.optimizer.charged(contributions, limits)
-        self._measured, self._mechanism = (positions, contributions), self._mechanism or mechanism
-        return factors
+        return positions, limits, self._mechanism or mechanism
 
     def check_clipped(self) -> None:
         """Ghost clipping: raise AlignmentError PIA005 when no backward pass of the returned criterion ran."""
@@ -327,7 +356,7 @@ class Tracker:
     def accept_hook(self, hook: Callable[[DPOptimizer], None]) -> None:
         """Note the first step hook of a hand-built optimizer. Raises AlignmentError PIA004 for a second."""
         if self._hook is not None:
-            _refuse_hook()
+            refuse_hook()
         self._check_rate(hook)
         self._hook = hook
 
@@ -345,54 +374,14 @@ class Tracker:
 
     def abandon(self) -> None:
         """Drop a partly accumulated logical batch: nothing of it was released, so nothing is charged."""
+        self.recorder.drain()
+        self.recorder.deferral.forget()
         self._forget()
         self.optimizer.forget()
         for module in self.module.modules():
             module.__dict__.pop("activations", None)
             module.__dict__.pop("max_batch_len", None)
-
-
-class ForwardWatch:
-    """Forward pre-hook that reports to a tracker. Copies of the model have none of it."""
-
-    def __init__(self, tracker: Tracker | None = None) -> None:
-        self.tracker = tracker
-
-    def __call__(self, module: torch.nn.Module, inputs: Any, named: Any) -> None:
-        if self.tracker is not None:
-            self.tracker.count_forward(module, [inputs, named])
-
-    def __reduce__(self) -> Any:
-        return ForwardWatch, ()
-
-
-UNBROKEN = "step every physical batch of a logical batch; after break or an error call engine.abandon()"
-
-
-def _broken(happened: str, fix: str = UNBROKEN) -> NoReturn:
-    raise AlignmentError(
-        "PIA002",
-        happened,
-        "The release would be of a batch that nobody drew, or an instance could enter it twice",
-        fix,
-    )
-
-
-def _refuse_hook() -> NoReturn:
-    raise AlignmentError(
-        "PIA004",
-        "the optimizer's step hook was replaced after it got its accountant",
-        "Opacus keeps one hook only, so its own accountant would stay at epsilon 0",
-        "remove that attach_step_hook call; register_step_post_hook on optimizer.original_optimizer is free",
-    )
-
-
-def _addresses(content: Any) -> set[int]:
-    """Addresses of the tensors inside a batch."""
-    if isinstance(content, torch.Tensor):
-        return {content.data_ptr()} if content.numel() else set()
-    if isinstance(content, dict):
-        content = list(content.values())
-    if not isinstance(content, (list, tuple)):
-        return set()
-    return {address for item in content for address in _addresses(item)}
+        for p in self.module.parameters():
+            # Else Opacus adds the rows of the next backward pass to what an unfinished one left.
+            vars(p).pop("_current_grad_sample", None)
+            vars(p).update(grad_sample=None, _norm_sample=None, _forward_counter=0)

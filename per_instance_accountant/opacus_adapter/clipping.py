@@ -50,8 +50,10 @@ def row_squares(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
         return torch.zeros(0, dtype=torch.float64)
     gradients = [g.unsqueeze(1) if g.dim() == 1 else g for g in gradients]
     device, entries = gradients[0].device, sum(g.numel() for g in gradients) // len(gradients[0])
-    blocks = torch.cat([block.to(device) for g in gradients for block in block_norms(g)], dim=1).double()
-    return blocks.square_().sum(dim=1).add_(entries * UNDERFLOW)
+    total = torch.full((len(gradients[0]),), entries * UNDERFLOW, dtype=torch.float64, device=device)
+    for block in (block for gradient in gradients for block in block_norms(gradient)):
+        total += torch.linalg.vector_norm(block, dim=1, dtype=torch.float64).to(device).square_()
+    return total
 
 
 def instance_norms(gradients: Sequence[torch.Tensor]) -> NDArray[np.float64]:
@@ -101,6 +103,37 @@ def clip_factors(
     return factors, np.minimum(contributions, round_up(np.asarray(limits)))
 
 
+def round_up_on_device(values: torch.Tensor) -> torch.Tensor:
+    """As :func:`round_up`, the same bits, for a tensor that stays where it is."""
+    near = values.float()
+    return torch.where(near < values, torch.nextafter(near, torch.full_like(near, np.inf)), near)
+
+
+def clip_on_device(norms: torch.Tensor, limits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`clip_factors`, the same bits, for (B,) float64 tensors that stay where they are. The host
+    waits for nothing.
+
+    >>> factors, contributions = clip_on_device(torch.tensor([0.5, 4.0]).double(), torch.ones(2).double())
+    >>> factors.double().round(decimals=4).tolist(), contributions.double().round(decimals=4).tolist()
+    ([1.0, 0.25], [0.5, 1.0])
+    """
+    exact = (limits / (norms + STOCK_MARGIN)).clamp(max=1.0)
+    factors = exact.float()
+    factors = torch.where(factors > exact, torch.nextafter(factors, torch.zeros_like(factors)), factors)
+    contributions = round_up_on_device(factors.double() * norms)
+    return factors, torch.minimum(contributions, round_up_on_device(limits))
+
+
+def norms_on_device(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """As :func:`instance_norms`, but (B,) float64 where the gradients are, up to the last bit (torch's root
+    may be off by one), and infinite also where squares overflow float32: above 1e19.
+
+    >>> norms_on_device([torch.tensor([[3.0, 4.0], [0.0, 1e30]])]).float().tolist()
+    [5.000040531158447, inf]
+    """
+    return row_squares(gradients).sqrt() * (1 + NORM_SLACK)
+
+
 def check_precision(parameter: torch.Tensor) -> None:
     """Raise UnsupportedError PIA060 for a parameter whose gradients have coarser rounding than the norms
     allow for."""
@@ -125,24 +158,60 @@ def check_counts(counts: Sequence[int]) -> None:
         )
 
 
+def layer_limits(layer_norms: NDArray[np.float64], clip_norm: float) -> NDArray[np.float64]:
+    """(L,) clip norms of parameters, scaled so that their root of squares is ``clip_norm``.
+
+    >>> layer_limits(np.array([3.0, 4.0]), 1.0).round(4).tolist()
+    [0.6, 0.8]
+    """
+    return layer_norms * (clip_norm / float(np.linalg.norm(layer_norms)))
+
+
 def layer_factors(
-    gradients: Sequence[torch.Tensor], layer_norms: NDArray[np.float64], clip_norm: float
+    gradients: Sequence[torch.Tensor], limits: NDArray[np.float64]
 ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     """Factors that clip every parameter's gradient on its own, and upper bounds of the norms that remain.
 
-    gradients: one (B, ...) tensor for each of the L parameters. layer_norms: (L,) clip norms, scaled so
-    that their root of squares is ``clip_norm``. Returns (B, L) float32 factors and (B,) float64 norms of all
-    layers together, at most ``clip_norm`` up to rounding; not finite where a gradient is not finite.
+    gradients: one (B, ...) tensor for each of the L parameters. limits: (L,), see :func:`layer_limits`.
+    Returns (B, L) float32 factors and (B,) float64 norms of all layers together, at most the root of squares
+    of the limits up to rounding; not finite where a gradient is not finite.
 
     >>> rows = [torch.tensor([[3.0, 0.0]]), torch.tensor([[0.1]])]
-    >>> factors, together = layer_factors(rows, np.array([0.6, 0.8]), 1.0)
+    >>> factors, together = layer_factors(rows, np.array([0.6, 0.8]))
     >>> factors.astype(float).round(4).tolist(), together.round(4).tolist()
     ([[0.2, 1.0]], [0.6083])
     """
-    limits = layer_norms * (clip_norm / float(np.linalg.norm(layer_norms)))
-    norms = np.stack([instance_norms([gradient]) for gradient in gradients], axis=1)
+    norms = _layer_norms(gradients)
     finite = np.isfinite(norms)
     factors, remaining = clip_factors(np.where(finite, norms, 0.0), limits)
     squares = np.square(remaining.astype(np.float64)).sum(axis=1)
     together = np.sqrt(squares) * (1 + (norms.shape[1] + 2) * 2.0**-52)
     return factors, np.where(finite.all(axis=1), together, np.inf)
+
+
+def _layer_norms(gradients: Sequence[torch.Tensor]) -> NDArray[np.float64]:
+    """(B, L) upper bounds, copied from the device once."""
+    squares = torch.stack([row_squares([gradient]) for gradient in gradients], dim=1)
+    norms: NDArray[np.float64] = np.sqrt(squares.cpu().numpy()) * (1 + NORM_SLACK)
+    for layer in np.flatnonzero(~np.isfinite(norms).all(axis=0)).tolist():
+        norms[:, layer] = instance_norms([gradients[layer]])
+    return norms
+
+
+def layer_factors_on_device(
+    gradients: Sequence[torch.Tensor], limits: NDArray[np.float64]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`layer_factors` for tensors that stay where they are, up to the last bits of float64, for
+    which it leaves room.
+
+    >>> rows = [torch.tensor([[3.0, 0.0]]), torch.tensor([[0.1]])]
+    >>> factors, together = layer_factors_on_device(rows, np.array([0.6, 0.8]))
+    >>> [round(factor, 4) for factor in factors[0].tolist()], round(together.item(), 4)
+    ([0.2, 1.0], 0.6083)
+    """
+    norms = torch.stack([norms_on_device([gradient]) for gradient in gradients], dim=1)
+    there = torch.stack([torch.full_like(norms[:, 0], limit) for limit in limits.tolist()], dim=1)
+    factors, remaining = clip_on_device(norms, there)
+    squares = sum(remaining.double().square().unbind(dim=1), torch.zeros_like(norms[:, 0]))
+    together = squares.sqrt() * (1 + (len(limits) + 2) * 2.0**-52)
+    return factors, torch.where(norms.isfinite().all(dim=1), together, torch.inf)

@@ -24,7 +24,7 @@ from per_instance_accountant.errors import UsageError
 from per_instance_accountant.ledger import Ledger, LedgerWriter
 from per_instance_accountant.opacus_adapter import configuration as check
 from per_instance_accountant.opacus_adapter.calibration import calibrate, split_options
-from per_instance_accountant.opacus_adapter.capture import ForwardWatch, Tracker
+from per_instance_accountant.opacus_adapter.capture import Tracker
 from per_instance_accountant.opacus_adapter.checkpoints import (
     CHECKPOINT_KEY,
     as_expected,
@@ -48,6 +48,7 @@ from per_instance_accountant.opacus_adapter.ranks import SHARDED
 from per_instance_accountant.opacus_adapter.recording import Recorder
 from per_instance_accountant.opacus_adapter.sharding import prepare_sharded
 from per_instance_accountant.opacus_adapter.verifying import Verifier, Verify
+from per_instance_accountant.opacus_adapter.watching import ForwardWatch
 
 
 def attach(

@@ -82,8 +82,14 @@ def _backward(self: Any, *args: Any, **named: Any) -> Any:
     factors = getattr(self.module, "get_clipping_coef", None)
     if not isinstance(factors, GhostFactors) or factors.tracker is None:
         return _stock_backward(self, *args, **named)
+    if factors.tracker.batch_is_empty and factors.tracker.optimizer.has_stand_in:
+        return factors.tracker.optimizer.drop_stand_in(self.loss_per_sample)
     self.loss_per_sample = one_loss_each(self.loss_per_sample, factors.tracker.batch_size)
-    found = _stock_backward(self, *args, **named)
+    try:
+        found = _stock_backward(self, *args, **named)
+    except BaseException:
+        self.module.enable_hooks()  # Off between the two passes, and they would stay off.
+        raise
     factors.tracker.optimizer.seal()
     return found
 
@@ -165,18 +171,28 @@ def linear_norms(
     clipping.
     """
     _refuse_low_precision(backprops, activations[0])
-    left = backprops.double().flatten(1, -2) if backprops.dim() > 2 else backprops.double().unsqueeze(1)
-    right = activations[0].double().reshape(*left.shape[:2], activations[0].shape[-1])
+    count = len(backprops)
     norms: Gradients = {}
+    if backprops.numel() == count * backprops.shape[-1]:
+        signals, inputs = _row_norms(backprops), _row_norms(activations[0])
+        if layer.weight.requires_grad:
+            norms[layer.weight] = signals * inputs
+        if layer.bias is not None and layer.bias.requires_grad:
+            norms[layer.bias] = signals
+        return norms
+    left = backprops.double().flatten(1, -2)
+    right = activations[0].double().reshape(*left.shape[:2], activations[0].shape[-1])
     if layer.weight.requires_grad:
-        if left.shape[1] == 1:
-            squares = left.square().sum(dim=(1, 2)) * right.square().sum(dim=(1, 2))
-        else:
-            squares = ((left @ left.mT) * (right @ right.mT)).sum(dim=(1, 2)).clamp(min=0)
-        norms[layer.weight] = squares.sqrt()
+        norms[layer.weight] = ((left @ left.mT) * (right @ right.mT)).sum(dim=(1, 2)).clamp(min=0).sqrt()
     if layer.bias is not None and layer.bias.requires_grad:
         norms[layer.bias] = left.sum(dim=1).norm(dim=1)
     return norms
+
+
+def _row_norms(values: torch.Tensor) -> torch.Tensor:
+    """(B,) float64 norms of the rows of (B, ...), one rounding away from those of float64 sums."""
+    found: torch.Tensor = torch.linalg.vector_norm(values.flatten(1), dim=1, dtype=torch.float64)
+    return found
 
 
 def embedding_norms(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +27,9 @@ from per_instance_accountant.opacus_adapter.clipping import (
     check_precision,
     instance_norms,
     layer_factors,
+    layer_factors_on_device,
+    layer_limits,
+    norms_on_device,
 )
 from per_instance_accountant.opacus_adapter.ghost import ghost_norms
 
@@ -43,6 +47,8 @@ class TrackedOptimizer(DPOptimizer):
     clipping = "flat"
     gradient_scale = 1.0
     """What a framework divided the loss by: rows are multiplied by it before they are measured."""
+    can_defer = True
+    """Whether no step of this optimizer needs what an earlier one measured."""
     has_stand_in = False
     """Whether the model is given one made-up instance for an empty batch; its gradient is dropped."""
     # With this flag torch.amp.GradScaler announces itself through `found_inf`, and can be refused.
@@ -76,7 +82,11 @@ class TrackedOptimizer(DPOptimizer):
 
     def factors(self, gradients: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """For each parameter (B,) factors that clip the rows of its gradient."""
-        return [torch.from_numpy(self.tracker.clip(self.measure(gradients)))] * len(gradients)
+        if self.tracker.defers(gradients[0].device):
+            own = self.tracker.clip_there(norms_on_device(gradients))
+        else:
+            own = torch.from_numpy(self.tracker.clip(self.measure(gradients)))
+        return [own] * len(gradients)
 
     def charged(self, contributions: NDArray[np.float32], limits: NDArray[np.float64]) -> NDArray[np.float32]:
         """(B,) contributions, larger where more than the sum is released. limits: 0 for who is not in it."""
@@ -132,6 +142,7 @@ class TrackedOptimizer(DPOptimizer):
         self.add_noise()
         self.tracker.sessions.drawn(self)
         self.scale_grad()
+        self.tracker.recorder.deferral.void(self.params)
         if self.step_hook:
             self.step_hook(self)
         self.tracker.released()
@@ -154,21 +165,36 @@ class TrackedOptimizer(DPOptimizer):
 class TrackedGhostOptimizer(TrackedOptimizer, DPOptimizerFastGradientClipping):
     """A DPOptimizerFastGradientClipping whose steps are written to a ledger before noise is added."""
 
-    _sealed: Sequence[tuple[torch.Tensor, int]] = ()
+    hides_sum = False
+    """Whether ``p.grad`` is empty between backward pass and step, for loops that look at or scale it."""
+    _sealed: Mapping[int, tuple[torch.Tensor, int]] = MappingProxyType({})
     _owned: frozenset[int] | set[int] = frozenset()
 
     def loss_factors(self, module: Any) -> torch.Tensor:
         """(B,) factors for the losses of the batch, between the two backward passes."""
         norms = ghost_norms(module)
+        if self.tracker.defers(norms.device):
+            return self.tracker.clip_there(norms)
         return torch.from_numpy(self.tracker.clip(norms.cpu().numpy())).to(norms.device)
 
     def clip_and_accumulate(self) -> None:
         return None
 
+    def drop_stand_in(self, losses: torch.Tensor) -> None:
+        """The backward passes of an empty batch for which the model was given a made-up instance."""
+        losses.sum().backward()  # The hooks take what the forward pass left behind.
+        self.zero_grad()
+        for p in self.params:
+            p.grad, p._norm_sample = torch.zeros_like(p), None
+        self.tracker.clip(np.zeros(0))
+        self.seal()
+
     def seal(self) -> None:
         """Remember the clipped sums that the backward pass left, so that a change is noticed."""
-        grads = [p.grad for p in self.params]
-        self._sealed = [(grad, grad._version) for grad in grads if grad is not None]
+        self._sealed = {id(p): (p.grad, p.grad._version) for p in self.params if p.grad is not None}
+        if self.hides_sum:
+            for p in self.params:
+                p.grad = None
 
     def _check_sealed(self) -> None:
         present = {id(p) for p in self.params}
@@ -181,25 +207,30 @@ class TrackedGhostOptimizer(TrackedOptimizer, DPOptimizerFastGradientClipping):
                 "Ghost clipping does not measure it, so instances would be released through it unclipped",
                 "make_private with a module and an optimizer that have all parameters",
             )
-        sealed = {id(grad): version for grad, version in self._sealed}
-        grads = [p.grad for p in self.params]
-        if any(grad is None or sealed.get(id(grad)) != grad._version for grad in grads):
+        changed = False
+        for p in self.params:
+            grad, version = self._sealed.get(id(p), (None, 0))
+            left = None if self.hides_sum else grad
+            changed |= grad is None or p.grad is not left or grad._version != version
+        if changed:
             raise AlignmentError(
                 "PIA005",
                 "p.grad was changed between the backward pass and optimizer.step()",
                 "It holds the clipped sum in ghost mode: another backward pass adds to it without clipping",
                 "change gradients before criterion(...).backward() or in the loss; engine.abandon()",
             )
-        self._sealed = []
+        for p in self.params:
+            p.grad = self._sealed[id(p)][0]
+        self._sealed = {}
 
     def forget(self) -> None:
         super().forget()
-        self._sealed = []
+        self._sealed = {}
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
         self.tracker.check_loop()
         self.tracker.check_clipped()
-        if not self.tracker.batch_is_empty:
+        if self._sealed or not self.tracker.batch_is_empty:
             self._check_sealed()
         self.accumulate()
         self.tracker.accept()
@@ -216,7 +247,8 @@ class TrackedPerLayerOptimizer(TrackedOptimizer, DPPerLayerOptimizer):
 
     clipping = "per_layer"
 
-    def _layers(self, gradients: Sequence[torch.Tensor]) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    def _limits(self, gradients: Sequence[torch.Tensor]) -> NDArray[np.float64]:
+        """(L,) norms at which the gradients of the parameters are clipped."""
         if len(gradients) != len(self.max_grad_norms):
             raise AlignmentError(
                 "PIA003",
@@ -224,13 +256,17 @@ class TrackedPerLayerOptimizer(TrackedOptimizer, DPPerLayerOptimizer):
                 "A parameter would be clipped at another one's norm",
                 "freeze or unfreeze parameters before make_private(clipping='per_layer', ...)",
             )
-        return layer_factors(gradients, np.asarray(self.max_grad_norms), float(self.max_grad_norm))
+        return layer_limits(np.asarray(self.max_grad_norms), float(self.max_grad_norm))
 
     def measure(self, gradients: Sequence[torch.Tensor]) -> NDArray[np.float64]:
-        return self._layers(gradients)[1]
+        return layer_factors(gradients, self._limits(gradients))[1]
 
     def factors(self, gradients: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        layers, together = self._layers(gradients)
+        if self.tracker.defers(gradients[0].device):
+            there, norms = layer_factors_on_device(gradients, self._limits(gradients))
+            both = there * self.tracker.clip_there(norms)[:, None]
+            return list(torch.nextafter(both, torch.zeros_like(both)).T.contiguous())
+        layers, together = layer_factors(gradients, self._limits(gradients))
         own = self.tracker.clip(together)
         product = np.nextafter(layers * own[:, None], np.float32(0))
         return [torch.from_numpy(column) for column in np.ascontiguousarray(product.T)]
@@ -244,6 +280,7 @@ class TrackedAdaptiveOptimizer(TrackedOptimizer, AdaClipDPOptimizer):
     """
 
     clipping = "adaptive"
+    can_defer = False
     noise_multiplier: float
     max_grad_norm: float
     unclipped_num: float

@@ -44,6 +44,7 @@ class RankStep(TrackedOptimizer):
     """Adds to a tracked optimizer that all ranks agree on a step when each of them has recorded it."""
 
     ranks: Ranks
+    can_defer = False
     _session: Any = None
     _agreed = 0
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +23,23 @@ from per_instance_accountant.accounting.rules import (
 )
 from per_instance_accountant.accounting.running import RunningLoss
 from per_instance_accountant.accounting.spending import Spending
-from per_instance_accountant.errors import BudgetExceeded, GuaranteeError, LedgerError, UsageError
+from per_instance_accountant.errors import BudgetExceeded, GuaranteeError, LedgerError
 from per_instance_accountant.ledger import (
     Anchor,
     Drop,
     Event,
-    Ledger,
     LedgerWriter,
     Phase,
-    Resume,
     Run,
     Step,
     Thresholds,
 )
+from per_instance_accountant.opacus_adapter.assumed_loss import AssumedLoss
 from per_instance_accountant.opacus_adapter.budgets import adopt_budget, check_budget, not_admitted
 from per_instance_accountant.opacus_adapter.clipping import round_up
+from per_instance_accountant.opacus_adapter.deferring import Deferral, Due, Observation, write_due
+from per_instance_accountant.opacus_adapter.mechanisms import group_rule, optimizer_name, recorded_thresholds
 from per_instance_accountant.opacus_adapter.ranks import refuse_part
-
-Norms = NDArray[np.float64]
-LOSS_FACTOR = 2.0
-"""By how much the median norm of a sweep may differ from that of the loop: dropout is off in sweeps."""
-Observation = tuple[NDArray[np.int64], NDArray[np.float32]]
-"""(B,) dataset positions and (B,) upper bounds of the norms with which they entered the clipped sum."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,10 +78,8 @@ class Recorder:
     ) -> None:
         self.optimizer, self.run, self.setting, self.thresholds = optimizer, run, setting, thresholds
         self._sweep, self._until_sweep = sweep, 0
-        self._loss_assumed = loss_assumed
-        self._swept: Norms | None = None
-        """Norms of all rows at the present parameters, as long as nobody knows the loss of the loop."""
-        self._compared: list[Norms] = []
+        self.loss = AssumedLoss(loss_assumed)
+        self.deferral = Deferral()
         self._denominator: float | None = None
         self.spending: Spending | None = None
         """What was spent of the budgets of a privacy filter; None without one."""
@@ -133,7 +127,7 @@ class Recorder:
         if (recorded.run.rank, recorded.run.world_size) != (self.run.rank, self.run.world_size):
             refuse_part(recorded.run, self.run.rank, self.run.world_size)
         self.spending, self._running = adopt_budget(writer, self.setting.budget, self.mechanism()), None
-        fixed, in_force = _recorded_thresholds(recorded)
+        fixed, in_force = recorded_thresholds(recorded)
         given = self.thresholds if self._sweep is None else None
         if fixed is not None and given is not None and not np.array_equal(fixed, given):
             raise LedgerError(
@@ -162,16 +156,57 @@ class Recorder:
         self.thresholds, self._writer, self._stated, self._until_sweep = in_force, writer, None, 0
 
     def _append(self, writer: LedgerWriter, event: Event) -> None:
+        self.drain()
         writer.append(event)
         for follower in (self.spending, self._running):
             if follower is not None:
                 follower.take(event)
+
+    def _promise(self, writer: LedgerWriter, event: Phase | Step, parts: Sequence[Observation] = ()) -> None:
+        """As :meth:`_append`, for contributions that are still on a device."""
+        finish = partial(self._step, clip_norm=float(self.optimizer.max_grad_norm)) if parts else None
+        number = writer.promise(event)
+        self.deferral.add(Due(number, event, parts, finish))
+        if self.spending is not None:
+            self.spending.take(event)  # By thresholds: other rules are not deferred under a filter.
+
+    def _write_due(self, due: list[Due], values: NDArray[np.float32]) -> None:
+        def follow(event: Event) -> None:
+            if self._running is not None:
+                self._running.take(event)
+
+        write_due(self.writer, due, values, follow)
+
+    def defers(self, device: torch.device) -> bool:
+        """Whether the contributions of a batch on this device may come after its release: nothing that this
+        process decides depends on them."""
+        setting = self.setting
+        return (
+            device.type in self.deferral.devices
+            and getattr(self.optimizer, "can_defer", False)
+            and setting.kind == "train"
+            and not self.loss.in_doubt
+            and not (self.spending is not None and isinstance(setting.charging, Unamplified))
+        )
+
+    def drain(self) -> None:
+        """Write all contributions that are still on a device, waiting for it."""
+        if not self.deferral.idle:
+            self.deferral.drain(self._write_due)
+
+    def flush(self) -> None:
+        """Write everything, and force it to the device of the ledger. Raises AlignmentError PIA006 then,
+        if the last steps were void."""
+        self.drain()
+        self.writer.flush()
+        self.deferral.check()
 
     @property
     def running(self) -> RunningLoss:
         """Running totals, which follow every event from the first time on that they were asked for. Raises
         GuaranteeError PIA117 on one of several ranks where they depend on whom the others drew."""
         writer = self.writer
+        self.drain()
         if self._running is None:
             if isinstance(self.setting.charging, (Unamplified, LastSeen)):
                 writer.ledger().require_whole()
@@ -229,7 +264,10 @@ class Recorder:
     def close(self) -> None:
         """Flush and end the ledger; later steps raise LedgerError PIA044."""
         if self._writer is not None:
-            self._writer.close()
+            try:
+                self.drain()
+            finally:
+                self._writer.close()
 
     def limits(
         self, positions: NDArray[np.int64], clip_norm: float, taken: Sequence[Observation]
@@ -241,7 +279,8 @@ class Recorder:
         limits = np.full(len(positions), clip_norm)
         if self.thresholds is not None:
             limits = np.minimum(limits, self.thresholds[positions].astype(np.float64))
-        limits[not_admitted(self.spending, positions, (earlier for earlier, _ in taken))] = 0.0
+        if self.spending is not None:
+            limits[not_admitted(self.spending, positions, (part.positions for part in taken))] = 0.0
         return limits
 
     def sweep_if_due(self, limit: int) -> None:
@@ -252,7 +291,7 @@ class Recorder:
             return
         writer = self.writer
         norms = self._sweep(limit).astype(np.float64)
-        self._swept = norms if self._loss_assumed else None
+        self.loss.swept(norms)
         bounds = round_up(np.minimum(norms * rule.slack, float(self.optimizer.max_grad_norm)))
         values = np.zeros(self.run.num_instances, dtype=np.float32)
         values[slice(None) if self.setting.positions is None else self.setting.positions] = bounds
@@ -265,12 +304,23 @@ class Recorder:
         Raises LedgerError, and UsageError for a mechanism without a bound; then nothing may be released.
         """
         self._refuse_changes()
-        step, writer, inputs = self._step(observations), self.writer, self._inputs()
+        clip_norm = float(self.optimizer.max_grad_norm)
+        step, writer, inputs = self._step(observations, clip_norm), self.writer, self._inputs()
+        later = any(part.measured is not None for part in observations)
+        if later:
+            self.deferral.advance(self._write_due)
+        else:
+            self.drain()
+        self.deferral.check()
         if inputs != self._stated:
-            self._append(writer, self.mechanism())
+            (self._promise if later else self._append)(writer, self.mechanism())
             self._stated = inputs
-        self._append(writer, step)
-        self._swept, self._compared, self._denominator = None, [], self.optimizer.expected_batch_size
+        if later:
+            self._promise(writer, step, observations)
+        else:
+            self._append(writer, step)
+        self.loss.moved()
+        self._denominator = self.optimizer.expected_batch_size
         self._until_sweep = max(0, self._until_sweep - 1)
 
     def _refuse_changes(self) -> None:
@@ -291,42 +341,18 @@ class Recorder:
                 "change the learning rate instead, or make_private again and engine.load_checkpoint",
             )
 
-    def compare_loss(self, rows: NDArray[np.int64], norms: Norms, *, first: bool, last: bool) -> None:
-        """Compare the norms of a part of a logical batch with those of the sweep at the same parameters.
-
-        Only for a loss that was assumed, and until one step agreed. Raises UsageError PIA071.
-        """
-        if self._swept is None:
-            return
-        compared = [] if first else list(self._compared)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratios = norms / self._swept[rows]
-        compared.append(np.where(np.isnan(ratios), 1.0, ratios))
-        together = np.concatenate(compared)
-        if not last or not together.size:
-            self._compared = compared
-        elif 1 / LOSS_FACTOR <= np.median(together) <= LOSS_FACTOR:
-            self._loss_assumed, self._swept, self._compared = False, None, []
-        else:
-            raise UsageError(
-                "PIA071",
-                "the sweep used another loss than the loop: their norms of the same instances disagree",
-                "Instances would be clipped at norms of a loss that is not trained; nothing was released",
-                "make_private(..., criterion=...) with the loss of the training loop",
-            )
-
-    def _step(self, observations: Sequence[Observation]) -> Step:
-        positions, contributions = observations[0]
+    def _step(self, observations: Sequence[Observation], clip_norm: float) -> Step:
+        positions, contributions, _ = observations[0]
         if len(observations) > 1:
-            positions = np.concatenate([p for p, _ in observations])
-            contributions = np.concatenate([c for _, c in observations])
+            positions = np.concatenate([part.positions for part in observations])
+            contributions = np.concatenate([part.contributions for part in observations])
         if self.setting.sampling != "poisson":
             # A replacement sampler may draw an instance m times. Clipping allows it m clip norms then,
             # whatever its gradients are now, and the worst case must know m. A filter lets it in once.
             positions, inverse = np.unique(positions, return_inverse=True)
             total = np.bincount(inverse, contributions.astype(np.float64), len(positions)).astype(np.float64)
             drawn = np.bincount(inverse, minlength=len(positions))
-            repeated = drawn * float(self.optimizer.max_grad_norm)
+            repeated = drawn * clip_norm
             several = (drawn > 1) & (self.spending is None)
             contributions = round_up(np.where(several, np.maximum(total, repeated), total))
         return Step(positions=positions, contributions=contributions)
@@ -339,7 +365,7 @@ class Recorder:
             # Opacus states the expected batch of one process, and divides by their number as well.
             denominator = optimizer.expected_batch_size * getattr(optimizer, "world_size", 1)
         numbers = (optimizer.noise_multiplier, optimizer.max_grad_norm, denominator)
-        return (*map(float, numbers), *(_rule(group) for group in optimizer.param_groups))
+        return (*map(float, numbers), *(group_rule(group) for group in optimizer.param_groups))
 
     def mechanism(self) -> Phase:
         """What one step of the optimizer does now. Raises UsageError PIA070 when it has no bound."""
@@ -357,42 +383,8 @@ class Recorder:
             learning_rate=learning_rate,
             weight_decay=weight_decay,
             momentum=momentum,
-            optimizer=_optimizer_name(self.optimizer, rules),
+            optimizer=optimizer_name(self.optimizer, rules),
             grad_sample_mode=setting.grad_sample_mode,
             plan_digest=setting.plan_digest,
             projection_radius=setting.projection_radius,
         )
-
-
-def _recorded_thresholds(ledger: Ledger) -> tuple[NDArray[np.float32] | None, NDArray[np.float32] | None]:
-    """Thresholds last stated as fixed, and those in force: a resume leaves behind what was stated after
-    it."""
-    fixed = in_force = None
-    steps = stated_at = 0
-    for event in ledger.events():
-        if isinstance(event, Thresholds):
-            in_force, stated_at = event.values, steps
-            fixed = event.values if event.source == "fixed" else fixed
-        elif isinstance(event, Resume) and stated_at >= event.at_step:
-            in_force = None
-        steps += isinstance(event, Step)
-    return fixed, in_force
-
-
-def _rule(group: Mapping[str, Any]) -> tuple[float, float, float, bool]:
-    """Learning rate, weight decay, momentum and direction of one parameter group."""
-    decay, momentum = group.get("weight_decay", 0.0), group.get("momentum", 0.0)
-    return float(group["lr"]), float(decay), float(momentum), bool(group.get("maximize", False))
-
-
-def _optimizer_name(private: DPOptimizer, rules: Sequence[tuple[Any, ...]]) -> str:
-    """``"SGD"`` only when every parameter moves by one plain descent rule, which bounds can rely on."""
-    optimizer, clipping = private.original_optimizer, getattr(private, "clipping", "flat")
-    name = type(optimizer).__name__
-    if clipping != "flat":
-        return f"{name} with {clipping} clipping"
-    if type(optimizer) is not torch.optim.SGD:
-        return name if name != "SGD" else "a class named SGD"
-    if len(set(rules)) > 1:
-        return "SGD with different groups"
-    return "SGD maximizing" if rules[0][-1] else "SGD"

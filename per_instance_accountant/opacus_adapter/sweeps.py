@@ -22,7 +22,10 @@ from per_instance_accountant.opacus_adapter.loader import IndexedCollate, Indexe
 from per_instance_accountant.opacus_adapter.optimizers import TrackedOptimizer
 from per_instance_accountant.opacus_adapter.ranks import inner_module
 
-_PARAMETER_STATE = ("grad", "grad_sample", "summed_grad", "_norm_sample", "_forward_counter")
+_PARAMETER_STATE = (
+    *("grad", "grad_sample", "summed_grad"),
+    *("_current_grad_sample", "_norm_sample", "_forward_counter"),
+)
 _MODULE_STATE = ("training", "activations", "max_batch_len")
 
 
@@ -58,6 +61,9 @@ def sweep_norms(
         )
         stack.enter_context(torch.enable_grad())
         _deterministic(core)
+        for p in parameters:
+            vars(p).pop("_current_grad_sample", None)  # Of a backward pass that nobody finished.
+            vars(p)["_forward_counter"] = 0
         device = parameters[0].device
         batches = DataLoader(dataset, batch_size=batch_size, collate_fn=collate)
         parts = [_batch_norms(module, optimizer, criterion, to_device(batch, device)) for batch in batches]

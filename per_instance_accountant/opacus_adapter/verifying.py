@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
+from torch.utils._pytree import tree_map
 
 from per_instance_accountant.errors import AlignmentError, UnsupportedError
 from per_instance_accountant.opacus_adapter.clipping import instance_norms
@@ -41,6 +42,13 @@ class Verifier:
         self.how, self.running = how, False
         self._choice = np.random.default_rng(0)
         self._forward: tuple[Any, ...] | None = None
+        self._content: Any = None
+
+    def received(self, content: Any) -> None:
+        """Keep a copy of the batch that the loader hands out: the loop may write into its tensors."""
+        if self.how != "off":
+            copied = tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, content)
+            self._content = copied
 
     def before_forward(self) -> None:
         """Remember what the random numbers of the pass will be, so that dropout can be repeated."""
@@ -50,8 +58,8 @@ class Verifier:
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         self._forward = (torch.get_rng_state(), cuda, autocast)
 
-    def check(self, content: Any, norms: NDArray[np.float64]) -> None:
-        """Compare norms (B,) with those of rows of ``content``, the batch that the loader handed out.
+    def check(self, norms: NDArray[np.float64]) -> None:
+        """Compare norms (B,) with those of rows of the batch that the loader handed out.
 
         Raises AlignmentError PIA090 when they differ, UnsupportedError PIA060 for other batches than
         ``(*inputs, target)``.
@@ -59,7 +67,7 @@ class Verifier:
         if self.how == "off" or not len(norms):
             return
         rows = np.sort(self._choice.choice(len(norms), size=min(ROWS, len(norms)), replace=False))
-        expected, rough = self._norms(content, rows)
+        expected, rough = self._norms(self._content, rows)
         scale = np.maximum(norms[rows], expected)
         tolerance = (ROUGH if rough else TOLERANCE) * scale + 1e-6 * float(norms.max())
         wrong = int((np.abs(norms[rows] - expected) > tolerance).sum())

@@ -144,10 +144,75 @@ def test_wrong_orders_are_refused():
         )
 
 
-def test_ghost_clipping_is_refused():
-    engine, _, private = made(grad_sample_mode="ghost")
-    with pytest.raises(PiaError, match=r"PIA100.*ghost"):
-        prepare(Accelerator(cpu=True), engine, private[0], private[1], private[-1])
+def ghost_loop(accelerator: Accelerator, module: nn.Module, prepared: Any, factor: float = 1.0) -> list[Any]:
+    model, optimizer, criterion, loader = prepared
+    snapshots = []
+    for _ in range(2):
+        for number, (x, y) in enumerate(loader):
+            if number % accelerator.gradient_accumulation_steps == 0:
+                snapshots.append(parameters(module))
+            with accelerator.accumulate(model):
+                loss = criterion(model(x), y)
+                assert type(loss) is torch.Tensor and loss.requires_grad
+                accelerator.backward(loss * factor)
+                optimizer.step()
+                optimizer.zero_grad()
+    return snapshots
+
+
+@pytest.mark.parametrize(("parts", "batch_size"), [(1, 9), (3, 9), (2, 1)])
+def test_ghost_clipping(parts, batch_size, torch_seed):
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=parts)
+    engine, module, private = made(
+        grad_sample_mode="ghost", criterion=nn.CrossEntropyLoss(), batch_size=batch_size
+    )
+    snapshots = ghost_loop(accelerator, module, prepare(accelerator, engine, *private))
+    assert check_steps(engine, snapshots, own_loss) > 80
+    assert engine.accountant.history[0][2] == engine.ledger.num_steps
+
+
+def test_a_factor_of_the_loop_is_kept_under_ghost_clipping(torch_seed):
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
+    engine, module, private = made(grad_sample_mode="ghost", criterion=nn.CrossEntropyLoss())
+    snapshots = ghost_loop(accelerator, module, prepare(accelerator, engine, *private), factor=0.25)
+    assert check_steps(engine, snapshots, lambda weights, row: own_loss(weights, row) / 4) > 80
+
+
+def test_an_ordinary_loss_under_ghost_clipping_releases_nothing(torch_seed):
+    accelerator = Accelerator(cpu=True)
+    engine, module, private = made(grad_sample_mode="ghost", criterion=nn.CrossEntropyLoss())
+    model, optimizer, _, loader = prepare(accelerator, engine, *private)
+    with pytest.raises(PiaError, match="PIA005"):
+        loop(accelerator, module, (model, optimizer, loader))
+    assert engine.ledger.num_steps == 0
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("how", ["twice", "penalty after", "sum of two", "penalty"])
+def test_gradients_beside_the_two_passes_are_noticed(how, hidden, torch_seed):
+    accelerator = Accelerator(cpu=True)
+    engine, module, private = made(grad_sample_mode="ghost", criterion=nn.CrossEntropyLoss())
+    model, optimizer, criterion, loader = prepare(accelerator, engine, *private)
+    before, engine.tracker.optimizer.hides_sum = parameters(module), hidden
+
+    def step(x: torch.Tensor, y: torch.Tensor) -> None:
+        optimizer.zero_grad()
+        loss = criterion(model(x), y)
+        if how == "sum of two":
+            loss = loss + criterion(model(x), y)
+        if how == "penalty":
+            loss = loss + sum(p.square().sum() for p in module.parameters())
+        accelerator.backward(loss, retain_graph=True)
+        if how == "twice":
+            accelerator.backward(loss)
+        if how == "penalty after":
+            accelerator.backward(sum(p.square().sum() for p in module.parameters()))
+        optimizer.step()
+
+    with pytest.raises((PiaError, NotImplementedError)):
+        step(*next(iter(loader)))
+    assert engine.ledger.num_steps == 0
+    assert all(torch.equal(before[name], p) for name, p in module.named_parameters())
 
 
 def test_a_budget_can_end_the_epochs_quietly(torch_seed):

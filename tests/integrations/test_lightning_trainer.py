@@ -26,6 +26,9 @@ def network() -> nn.Module:
 
 
 class Module(L.LightningModule):
+    with_own_loss = True
+    loss: Any = None
+
     def __init__(self, optimizers: int = 1) -> None:
         super().__init__()
         self.net, self.count = network(), optimizers
@@ -39,7 +42,12 @@ class Module(L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         x, y = batch
         self.empty += not len(x)
-        return nn.functional.cross_entropy(self.net(x), y)
+        if self.with_own_loss:
+            return nn.functional.cross_entropy(self.net(x), y)
+        return self.loss(self.net(x), y)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("validation", self.loss(self.net(batch[0]), batch[1]))
 
     def configure_optimizers(self) -> Any:
         made = [torch.optim.SGD(self.parameters(), lr=0.05) for _ in range(self.count)]
@@ -75,9 +83,15 @@ def run(
     module = module or Module()
     options = {name: changed.pop(name) for name in ("num_workers",) if name in changed}
     extra, delta = changed.pop("callbacks", []), changed.pop("delta", None)
+    private = changed.pop("private", {})
     privacy = IndividualPrivacyCallback(
-        engine or PrivacyEngine(accountant="rdp"), delta=delta, noise_multiplier=1.0, max_grad_norm=CLIP
+        engine or PrivacyEngine(accountant="rdp"),
+        delta=delta,
+        noise_multiplier=1.0,
+        max_grad_norm=CLIP,
+        **private,
     )
+    module.loss = privacy.loss
     settings: dict[str, Any] = {
         "max_epochs": 2,
         "logger": False,
@@ -105,6 +119,50 @@ def test_recorded_contributions_are_those_of_the_drawn_instances(tmp_path, parts
     assert trainer.global_step == engine.ledger.num_steps == engine.accountant.history[0][2]
     largest = audit(engine.ledger, delta=1e-3, tight=False).epsilon.max()
     assert largest == pytest.approx(engine.get_epsilon(1e-3), rel=0.02)
+
+
+class Ghost(Module):
+    with_own_loss = False
+
+
+class ManualGhost(Manual):
+    with_own_loss = False
+
+
+GHOST = {"grad_sample_mode": "ghost"}
+
+
+@pytest.mark.parametrize(
+    ("parts", "kind", "batch_size"), [(1, Ghost, 6), (3, Ghost, 6), (1, Ghost, 1), (1, ManualGhost, 6)]
+)
+def test_ghost_clipping(tmp_path, parts, kind, batch_size, torch_seed):
+    module, privacy, trainer = run(
+        tmp_path, module=kind(), accumulate_grad_batches=parts, batch_size=batch_size, private=GHOST
+    )
+    assert check_steps(privacy.engine, module.snapshots, own_loss) > 80
+    assert trainer.global_step == privacy.engine.ledger.num_steps
+    # Evaluation after and during training takes the plain criterion.
+    with torch.no_grad():
+        expected = nn.functional.cross_entropy(module.net(torch.ones(2, 6)), torch.tensor([0, 1]))
+        assert torch.equal(module.loss(module.net(torch.ones(2, 6)), torch.tensor([0, 1])), expected)
+
+
+def test_the_same_module_with_and_without_ghost_clipping(tmp_path, torch_seed):
+    found = []
+    for private in ({}, GHOST):
+        torch.manual_seed(3)
+        engine = PrivacyEngine(accountant="rdp", charging=Sweep(every=5, slack=1.1))
+        module, _, _ = run(tmp_path, module=Ghost(), engine=engine, private=private)
+        assert len(module.snapshots) == engine.ledger.num_steps > 10
+        found.append(next(e for e in engine.ledger.events() if isinstance(e, Thresholds)).values)
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-4)
+
+
+def test_an_ordinary_loss_under_ghost_clipping_releases_nothing(tmp_path, torch_seed):
+    engine = PrivacyEngine(accountant="rdp")
+    with pytest.raises(PiaError, match="PIA005"):
+        run(tmp_path, engine=engine, private=GHOST)
+    assert engine.ledger.num_steps == 0
 
 
 def test_without_undoing_the_division_contributions_differ(tmp_path, monkeypatch, torch_seed):

@@ -82,6 +82,7 @@ def training(
     **changed: Any,
 ) -> tuple[Trainer, IndividualPrivacyCallback, Snapshots]:
     trainer_options = {name: changed.pop(name) for name in ("compute_loss_func",) if name in changed}
+    private = changed.pop("private", {})
     dataset, model = changed.pop("dataset", Sentences()), changed.pop("model", None) or tiny()
     options: dict[str, Any] = {
         "output_dir": str(folder),
@@ -105,7 +106,7 @@ def training(
         **trainer_options,
     )
     privacy = IndividualPrivacyCallback(
-        engine or PrivacyEngine(accountant="rdp"), noise_multiplier=noise, max_grad_norm=CLIP
+        engine or PrivacyEngine(accountant="rdp"), noise_multiplier=noise, max_grad_norm=CLIP, **private
     )
     snapshots = Snapshots()
     trainer.add_callback(snapshots)
@@ -127,9 +128,11 @@ def test_recorded_contributions_are_those_of_the_drawn_instances(tmp_path, parts
     assert largest == pytest.approx(privacy.engine.get_epsilon(1e-3), rel=0.02)
 
 
-@pytest.mark.parametrize("parts", [1, 3])
-def test_the_release_is_the_clipped_sum_of_the_drawn_instances(tmp_path, parts, torch_seed):
-    trainer, privacy, snapshots = training(tmp_path, parts=parts, noise=0.0, max_steps=3)
+@pytest.mark.parametrize(("parts", "mode"), [(1, "hooks"), (3, "hooks"), (3, "ghost")])
+def test_the_release_is_the_clipped_sum_of_the_drawn_instances(tmp_path, parts, mode, torch_seed):
+    trainer, privacy, snapshots = training(
+        tmp_path, parts=parts, noise=0.0, max_steps=3, private={"grad_sample_mode": mode}
+    )
     trainer.train()
     after = [*snapshots.weights[1:], {n: p.detach() for n, p in trainer.model.named_parameters()}]
     steps = [event for event in privacy.engine.ledger.events() if isinstance(event, Step)]
@@ -300,8 +303,53 @@ def test_wrong_order_is_refused(tmp_path):
         second.train()
     with pytest.raises(PiaError, match=r"PIA100.*new Trainer"):
         other.attach(trainer)
-    with pytest.raises(PiaError, match=r"PIA100.*ghost"):
-        IndividualPrivacyCallback(PrivacyEngine(), noise_multiplier=1.0, grad_sample_mode="ghost")
+
+
+@pytest.mark.parametrize(("parts", "options"), [(3, {}), (2, {"per_device_train_batch_size": 1})])
+def test_ghost_clipping(tmp_path, parts, options, torch_seed):
+    trainer, privacy, snapshots = training(
+        tmp_path, parts=parts, private={"grad_sample_mode": "ghost"}, **options
+    )
+    trainer.train()
+    assert trainer.state.global_step == len(snapshots.weights) == privacy.engine.ledger.num_steps
+    assert check_steps(privacy.engine, snapshots.weights, own_loss) > 40
+    expected = np.mean([float(own_loss(dict(trainer.model.named_parameters()), row)) for row in range(SIZE)])
+    assert trainer.evaluate(Sentences())["eval_loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_losses_of_ones_own_under_ghost_clipping(tmp_path, torch_seed):
+    def losses(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
+        return 2.0 * torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="none")
+
+    engine = PrivacyEngine(accountant="rdp", charging=Sweep(every=4))
+    private = {"grad_sample_mode": "ghost", "criterion": losses}
+    trainer, _, snapshots = training(tmp_path, engine=engine, private=private)
+    trainer.train()
+    first = next(event for event in engine.ledger.events() if isinstance(event, Thresholds))
+    rows = np.arange(SIZE)
+    norms = norms_by_hand(lambda weights, row: 2 * own_loss(weights, row), snapshots.weights[0], rows)
+    slack = Sweep(every=4).slack
+    np.testing.assert_allclose(first.values, np.minimum(norms * slack, CLIP), rtol=1e-4)
+    step = next(event for event in engine.ledger.events() if isinstance(event, Step))
+    at = step.positions
+    np.testing.assert_allclose(step.contributions, np.minimum(norms[at], first.values[at]), rtol=1e-4)
+
+
+def test_ghost_clipping_asks_for_the_loss_of_each_instance(tmp_path, torch_seed):
+    trainer, privacy, _ = training(
+        tmp_path,
+        attach=False,
+        private={"grad_sample_mode": "ghost"},
+        compute_loss_func=lambda outputs, labels, num_items_in_batch=None: outputs.logits.sum(),
+    )
+    with pytest.raises(PiaError, match=r"PIA100.*each instance"):
+        privacy.attach(trainer)
+    targets = torch.rand(SIZE)
+    trainer, _, _ = training(
+        tmp_path, private={"grad_sample_mode": "ghost"}, dataset=Sentences(targets), model=tiny()
+    )
+    with pytest.raises(PiaError, match=r"PIA060.*criterion=losses"):
+        trainer.train()
 
 
 def test_losses_over_different_numbers_of_labels_are_refused(tmp_path):

@@ -63,6 +63,9 @@ steps the wrapped optimizer | no noise, no record | PIA008 | guards: a_step_arou
 calls `signal_skip_step` | the sum leaks into the next batch | PIA002 | guards: skip_signals_by_hand
 forgets `zero_grad` | ValueError | PIA002 | guards: zero_grad_forgotten
 draws an instance several times in one batch | one clip norm is assumed | contributions are added | alignment: an_instance_drawn_twice_adds_up
+trains on several processes that draw nobody in some steps | leaves those draws out: ranks take different numbers of steps, uncounted | an empty batch on that rank | ranks: empty_draws_keep_ranks_in_step
+has an epsilon whose best order lies outside of the usual ones | warns, and reports more than is spent | orders for every range | stock: an_epsilon_at_the_end_of_the_orders
+trains on CUDA, and is killed before norms have been copied | records no norms | the steps stay charged at the norms they were clipped at | deferral: a_killed_process_loses_no_step
 uses a closure | fine | the same | stock: a_closure
 sets the same seed after a restart | repeats the noise of its first steps | PIA091 | checkpoint: stock_opacus_repeats_its_noise_and_this_engine_refuses_to
 sets a seed in every step | the same noise always | PIA091 | stock: a_seed_that_is_set_in_every_step
@@ -78,6 +81,8 @@ seeds the loader's generator again, in an epoch or after a restart | draws the s
 changes the noise of adaptive clipping's count inside a logical batch | silent | PIA009 | escapes: the_noise_of_the_count_inside_a_logical_batch
 gives a weighted mean as criterion | instances scale each other's gradients | PIA101; in the loop alone PIA090 with `verify=` | escapes: losses_that_are_divided_by_something_of_the_batch
 uses Embedding(max_norm=...) or scale_grad_by_freq | weights change without noise | PIA060 | stock: embeddings_that_change_their_weights
+gives up a batch after an error, and goes on | rows of an unfinished backward pass are added to those of the next | dropped by `abandon()` | escapes: rows_of_a_batch_that_was_given_up_are_not_in_the_next_one
+writes into the tensors of a batch | silent | PIA090 with `verify=` | verifying: rows_that_are_not_the_loaders_are_found
 is killed and resumed, twice | forgets the steps after the checkpoint | they stay charged | checkpoint: killed_processes_resume_twice_from_one_checkpoint
 loads a checkpoint that its ledger is behind of | silent | PIA040 names the steps | checkpoint: an_error_names_the_steps_that_the_ledger_lacks
 loads a checkpoint from somebody else | runs code from it | reads plain values only, PIA060 | checkpoint: a_checkpoint_cannot_run_code

@@ -45,6 +45,8 @@ class Feature:
     batch_size: int = 8
     double: bool = False
     autocast: bool = False
+    later: bool = False
+    """Whether the CPU is taken for an accelerator, on which nobody waits for norms."""
 
 
 WORKERS = {"num_workers": 2, "persistent_workers": True}
@@ -66,6 +68,7 @@ FEATURES = {
     "autocast": Feature(title="bfloat16 autocast", autocast=True),
     "thresholds": Feature(title="`FixedThresholds`", engine={"charging": "fixed"}, limit=3),
     "sweep": Feature(title="`Sweep`", engine={"charging": Sweep(every=3)}, limit=3),
+    "later": Feature(title="contributions later, as on CUDA", limit=3, later=True),
     "filter": Feature(title="`PrivacyFilter`", engine={"filter": PrivacyFilter(budget=3.0, order=4.0)}),
 }
 
@@ -145,6 +148,8 @@ class Loop:
             made = self.engine.make_private(noise_multiplier=1.5, **arguments)
         self.model = self.module if private.get("wrap_model") is False else made[0]
         self.optimizer, self.loader = made[1], made[-1]
+        if self.feature.later:
+            self.engine.tracker.recorder.deferral.devices = frozenset({"cpu"})
         self.criterion = made[2] if self.mode == "ghost" else arguments["criterion"]
 
     def parameters(self) -> dict[str, torch.Tensor]:

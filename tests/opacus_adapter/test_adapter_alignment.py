@@ -94,7 +94,7 @@ def test_recording_norms_before_clipping_is_caught(start, models, by_hand, monke
 
     def unclipped(self, norms):
         factors = clip(self, norms)
-        self._measured = (self._measured[0], norms.astype(np.float32))
+        self._measured = self._measured._replace(contributions=norms.astype(np.float32))
         return factors
 
     monkeypatch.setattr(Tracker, "clip", unclipped)

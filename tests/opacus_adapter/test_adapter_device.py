@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 
-from per_instance_accountant import Sweep
+from per_instance_accountant import FixedThresholds, Sweep
+from per_instance_accountant.errors import AlignmentError
 from per_instance_accountant.ledger import Step, Thresholds
 from per_instance_accountant.opacus_adapter import PrivacyEngine
 
@@ -83,11 +86,61 @@ def test_seeded_bug_a_wait_for_every_instance_is_caught(start, stock, monkeypatc
     assert ours["item"] > theirs["item"]
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=CUDA)])
+def synchronisations(training, steps):
+    """What PyTorch reports as waiting for the device in so many steps."""
+    training.module.to("cuda")
+    found = 0
+    for number, batch in enumerate(training.loader):
+        there = tuple(part.pin_memory().to("cuda", non_blocking=True) for part in batch)
+        torch.cuda.synchronize()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn" if number else "default")
+            try:
+                training.step(there)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        found += sum("synchroniz" in str(warning.message) for warning in caught)
+        if number == steps:
+            return found
+    raise AssertionError("the loader is too short")
+
+
+@pytest.mark.parametrize("options", [{"mode": "hooks"}, {"mode": "functorch"}, {"mode": "ghost"}])
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=CUDA)])
+def test_no_step_synchronises_with_the_device(start, stock, device, options, own):
+    rule = FixedThresholds(thresholds=np.linspace(0.01, 1.5, 97)) if own else None
+    ours = synchronisations(start(PrivacyEngine(accountant="rdp", charging=rule), **options), 5)
+    assert ours <= synchronisations(start(stock(), **options), 5)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=CUDA)])
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+def test_a_gradient_that_is_not_finite_is_void_on_the_device(start, device, mode):
+    training = start(mode=mode)
+    training.module.to(device)
+    batches = iter(training.loader)
+    x, y = (part.to(device) for part in next(batches))
+    before = training.weights.clone()
+    training.step((x * torch.nan, y))
+    assert torch.equal(training.weights, before)
+    with pytest.raises(AlignmentError, match="PIA006"):
+        training.engine.close()
+
+
+@pytest.mark.parametrize(
+    ("device", "verify"),
+    [
+        ("cpu", "every_step"),
+        pytest.param("cuda", "every_step", marks=CUDA),
+        pytest.param("cuda", "off", marks=CUDA),
+    ],
+)
 @pytest.mark.parametrize("mode", ["hooks", "functorch", "ew", "ghost"])
 @pytest.mark.parametrize("rule", [None, Sweep(every=3)])
-def test_contributions_on_a_device(start, models, by_hand, device, mode, rule):
-    training = start(PrivacyEngine(accountant="rdp", charging=rule, verify="every_step"), mode=mode)
+def test_contributions_on_a_device(start, models, by_hand, device, mode, rule, verify):
+    training = start(PrivacyEngine(accountant="rdp", charging=rule, verify=verify), mode=mode)
     twin, _ = models["perceptron"]()
     training.module.to(device)
     x, y = training.dataset.tensors

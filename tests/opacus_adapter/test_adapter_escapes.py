@@ -9,6 +9,7 @@ from opacus.utils.batch_memory_manager import BatchMemoryManager
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from per_instance_accountant import Sweep
 from per_instance_accountant.errors import (
     AlignmentError,
     GuaranteeError,
@@ -311,3 +312,71 @@ def test_gradients_of_any_size_move_the_sum_by_what_is_charged(start, mode, scal
 
     moved, charged = influence(start, ours, scaled, mode=mode, module=module)
     assert np.isfinite(moved) and moved <= charged * (1 + 1e-5) <= CLIP * (1 + 2e-5)
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize("careless", [False, True])
+@pytest.mark.parametrize("mode", ["hooks", "functorch"])
+def test_rows_of_a_batch_that_was_given_up_are_not_in_the_next_one(start, models, by_hand, mode, careless):
+    """Opacus adds the rows of a backward pass to those of an unfinished one. Careless: only its counters are
+    set back, as they must be to go on at all."""
+    training = start(mode=mode, poisson_sampling=False)
+    batches = iter(training.loader)
+    x, y = next(batches)
+    training.optimizer.zero_grad()
+    training.model(x)
+    training.criterion(training.model(x), y).backward()  # of two forward passes
+    with pytest.raises(AlignmentError, match="PIA005"):
+        training.optimizer.step()
+    left = [p.__dict__.get("_current_grad_sample") for p in training.module.parameters()]
+    training.engine.abandon()
+    if careless:
+        for p, rows in zip(training.module.parameters(), left, strict=True):
+            p._current_grad_sample = rows
+    x, y = next(batches)
+    training.optimizer.zero_grad()
+    training.criterion(training.model(x), y).backward()
+    found = torch.cat([p.grad_sample.flatten(1) for p in training.module.parameters()], dim=1).norm(dim=1)
+    expected = by_hand(models["perceptron"]()[0], training.parameters(), x, y)
+    assert np.allclose(found, expected, rtol=1e-4) != careless
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+@pytest.mark.parametrize("rule", [None, Sweep(every=1)])
+def test_an_error_in_a_backward_pass_leaves_nothing_behind(start, models, by_hand, mode, rule):
+    """Ghost clipping switches its hooks off between its two passes."""
+    training = start(PrivacyEngine(accountant="rdp", charging=rule), mode=mode)
+    twin, failing = models["perceptron"]()[0], True
+
+    class Failing(torch.autograd.Function):
+        count = 0
+
+        @staticmethod
+        def forward(context, values):
+            return values.clone()
+
+        @staticmethod
+        def backward(context, gradient):
+            Failing.count += 1
+            if failing and Failing.count == (2 if mode == "ghost" else 1):
+                raise RuntimeError("out of memory")
+            return gradient
+
+    for number, (x, y) in enumerate(training.loader):
+        before = training.parameters()
+        training.optimizer.zero_grad()
+        loss = training.criterion(Failing.apply(training.model(x)), y)
+        if number == 0:
+            with pytest.raises(RuntimeError, match="out of memory"):
+                loss.backward()
+            training.engine.abandon()
+            failing = False
+            continue
+        loss.backward()
+        training.optimizer.step()
+        step = training.steps[-1]
+        rows = step.positions.copy()
+        inputs, targets = (part[rows] for part in training.dataset.tensors)
+        norms = np.minimum(by_hand(twin, before, inputs, targets), CLIP)
+        assert len(rows) == len(x)
+        np.testing.assert_allclose(step.contributions, norms, rtol=2e-5)

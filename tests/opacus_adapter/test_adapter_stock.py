@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import time
+from statistics import NormalDist
 
 import numpy as np
 import opacus
@@ -17,8 +19,9 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from per_instance_accountant import audit
 from per_instance_accountant.errors import AlignmentError, GuaranteeError, UnsupportedError
-from per_instance_accountant.ledger import Phase
+from per_instance_accountant.ledger import LedgerWriter, Phase, Run, Step
 from per_instance_accountant.opacus_adapter import PerInstanceAccountant, PrivacyEngine
 from per_instance_accountant.opacus_adapter.optimizers import OLD
 from tests.opacus_adapter.test_adapter_guards import Conditional
@@ -561,3 +564,43 @@ def test_embeddings_that_change_their_weights(start):
         module = nn.Sequential(nn.Embedding(5, 4, **options), nn.Flatten(), nn.Linear(4, 3))
         with pytest.raises(UnsupportedError, match="PIA060"):
             start(module=module)
+
+
+def test_an_epsilon_at_the_end_of_the_orders():
+    """One release with little noise cost is best bounded at an order that Opacus does not look at."""
+    accountant = opacus.accountants.RDPAccountant()
+    accountant.step(noise_multiplier=60.0, sample_rate=1.0)
+    with pytest.warns(UserWarning, match="largest alpha"):
+        stock = accountant.get_epsilon(1e-6)
+    writer = LedgerWriter.create(None, Run(num_instances=2))
+    writer.append(
+        Phase(
+            kind="train",
+            sampling="poisson",
+            sample_rate=1.0,
+            noise_std=60.0,
+            max_grad_norm=1.0,
+            charging="worst_case",
+            denominator=2.0,
+            learning_rate=0.1,
+        )
+    )
+    writer.append(Step(positions=np.arange(2), contributions=np.ones(2, np.float32)))
+    ours = audit(writer.ledger(), delta=1e-6, tight=False).worst_case
+    exact = exact_gaussian_epsilon(1 / 60.0, 1e-6)
+    assert exact <= ours < stock * 0.95
+
+
+def exact_gaussian_epsilon(mu, delta):
+    """Balle and Wang 2018, by bisection."""
+    normal = NormalDist()
+
+    def spent(epsilon):
+        near = normal.cdf(mu / 2 - epsilon / mu)
+        return near - math.exp(epsilon) * normal.cdf(-mu / 2 - epsilon / mu)
+
+    low, high = 0.0, 10.0
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if spent(middle) > delta else (low, middle)
+    return high

@@ -43,6 +43,11 @@ def permuted(x, y):
     return x[order], y[order]
 
 
+def permuted_in_place(x, y):
+    x[:] = x.roll(1, dims=0)
+    return x, y
+
+
 def mixed(x, y):
     return 0.5 * x + 0.5 * x.roll(1, dims=0), y
 
@@ -80,7 +85,7 @@ def test_an_honest_loop_with_other_clipping_passes(start, clipping):
 
 
 @MODES
-@pytest.mark.parametrize("change", [permuted, mixed])
+@pytest.mark.parametrize("change", [permuted, permuted_in_place, mixed])
 @pytest.mark.parametrize("verify", ["first_step", "every_step"])
 def test_rows_that_are_not_the_loaders_are_found(start, mode, change, verify):
     train(start(engine("off"), mode=mode), change)
