@@ -134,11 +134,15 @@ def _decode_phase(payload: bytes, num_instances: int) -> Phase:
 
 
 def _encode_resume(event: Resume, num_instances: int) -> bytes:
-    return canonical_json(asdict(event), "Resume", MAX_METADATA)
+    content = {name: value for name, value in asdict(event).items() if value is not None}
+    return canonical_json(content, "Resume", MAX_METADATA)
 
 
 def _decode_resume(payload: bytes, num_instances: int) -> Resume:
-    return Resume(**_strict_json(payload, {"at_step"}))
+    content = _strict_json(payload, {"at_step"}, {"session"})
+    if content.get("session", "") is None:
+        raise ValueError("not the canonical form of the record")
+    return Resume(**content)
 
 
 def _encode_public(event: PublicStep, num_instances: int) -> bytes:

@@ -110,8 +110,8 @@ class Ledger:
         """Statistics of the individual losses that were published and are charged to everybody."""
         self.num_public_steps: Final = progress.num_public_steps
         """Updates on public data, which cost nobody anything and are no steps."""
-        self.num_resumes: Final = progress.num_resumes
-        """How often the run was continued from a checkpoint."""
+        self.sessions: Final = tuple(progress.sessions)
+        """The session of each Resume: how often and together with whom the run was continued."""
         self.merge: Final = walk.merge
         """How this ledger was merged from the parts of several ranks; None if it was not."""
         self.confirmed: Final = not progress.pending

@@ -225,9 +225,18 @@ class Drop:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resume:
     """A writer continued from a checkpoint taken after ``at_step`` steps (``at_step`` below the steps
-    recorded so far means that the later ones were abandoned; they stay charged)."""
+    recorded so far means that the later ones were abandoned; they stay charged).
+
+    session: in a part, what the ranks that were started together have in common and no earlier start had:
+    32 hex digits, ``new_run_id()`` of one of them sent to all. None for a run on one process.
+    """
 
     at_step: int
+    session: str | None = None
+
+    def __post_init__(self) -> None:
+        sound = self.session is None or is_hex(self.session, 32)
+        _require(sound, "session", "another text", "32 lower case hex digits")
 
 
 Event = Phase | Thresholds | Step | PublicStep | Disclosure | Resume | Filter | Drop

@@ -50,7 +50,7 @@ class Walk:
     def _take(self, frame: Frame) -> Event | None:
         if frame.kind == frames.RUN:
             self.stored = decode_run(frame.payload)
-            self.progress = Progress(self.stored.run.num_instances)
+            self.progress = Progress(self.stored.run.num_instances, part=self.stored.run.world_size > 1)
             return None
         if frame.kind == frames.MARK:
             self.progress.apply_mark()
