@@ -4,7 +4,7 @@ Every step is charged to every instance, drawn or not, at the bound ``c`` that i
 ``D_alpha(sample_rate, c / noise_std)`` of the Poisson-sampled Gaussian
 (``docs/math/individual_loss.md``). The value between two nodes of the sensitivity grid is read off
 the chord, which lies above the curve because the Renyi divergence of one step is convex in the
-squared sensitivity. Memory: the curves themselves, about 40 bytes per instance beside them, and a
+squared sensitivity. Memory: the curves themselves, about 50 bytes per instance beside them, and a
 bounded remainder; ``partition`` folds a range of instances only.
 """
 
@@ -76,6 +76,8 @@ class _Fold:
         self.rdp = np.zeros((size, len(orders)))
         self.worst = np.zeros(len(orders))
         self.squared_mu: Array | None = np.zeros(size)
+        self.drawn = np.zeros(size)
+        """Squared ratios of unamplified steps, added up."""
         self.phase: Phase | None = None
         self.enforced: Array = np.full(size, np.inf)
         self.thresholds: Thresholds | None = None
@@ -220,9 +222,15 @@ class _Fold:
         std^2)``)."""
         phase = self.mechanism
         squared = (np.nextafter(contributions.astype(np.float64), np.inf) / phase.noise_std) ** 2
-        self.rdp[positions] += squared[:, None] * (self.orders / 2)
+        self.drawn[positions] += squared
         if self.squared_mu is not None:
             self.squared_mu[positions] += squared
+
+    def settle_drawn(self) -> None:
+        """Charge the sums of :meth:`_charge_drawn`, which are the same at all orders."""
+        for start in range(0, len(self.drawn) if self.drawn.any() else 0, CHUNK):
+            part = slice(start, start + CHUNK)
+            self.rdp[part] += self.drawn[part, None] * (self.orders / 2)
 
     def _charge_repeats(self, step: Step) -> None:
         """A non-Poisson loader may put an instance into one release m times, up to m clip norms. Its batch
@@ -345,7 +353,7 @@ def account(
     ledger: an open Ledger or the path of one. charging: a rule, or None for the rule(s) of the run
     itself. orders: (m,) Renyi orders above 1, or None for ``divergence.DEFAULT_ORDERS``.
     partition: ``(start, stop)`` positions, or None for all; the parts of a data set are folded
-    independently of each other, each in about ``8 m + 40`` bytes per instance. apart: whether no bit
+    independently of each other, each in about ``8 m + 50`` bytes per instance. apart: whether no bit
     of an instance's values may depend on other instances, as private statistics of them need.
 
     Returns an :class:`IndividualLoss` whose ``rdp`` (N, m) are upper bounds in nats, with the basis
@@ -380,6 +388,7 @@ def account(
     for event in ledger.events():
         fold.take(event)
     fold.settle_all()
+    fold.settle_drawn()
     filtered = certified_budget(ledger)
     rules = fold.rules_used or ({charging.name} if charging else {p.charging for p in ledger.phases})
     np.minimum(finished(fold.rdp), fold.worst, out=fold.rdp)

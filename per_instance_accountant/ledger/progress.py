@@ -174,9 +174,9 @@ class Progress:
         if self._part and event.session is None:
             raise UsageError(
                 "PIA070",
-                "session is None for the part of a rank",
-                "Nobody could say which sessions of the ranks belong together if one of them is killed",
-                "LedgerWriter.resume(path, anchor, session=one new_run_id() sent to all ranks at each start)",
+                "the part of one of several ranks is continued without a session",
+                "Nobody could say which sessions of the ranks belong together, if one of them is killed",
+                "start all ranks: LedgerWriter.resume(path, anchor, session=one new_run_id() sent to all)",
             )
 
     def _apply_resume(self, event: Resume) -> None:
@@ -257,6 +257,10 @@ class Progress:
             )
 
     def _apply_step(self, event: Step) -> None:
+        self.count_step()
+
+    def count_step(self) -> None:
+        """Move on by one step that passed ``check`` in an earlier pass."""
         self.num_steps += 1
         self.pending = True
 

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from per_instance_accountant.errors import GuaranteeError, PlanError, UsageError
 from per_instance_accountant.ledger.frames import damaged
 from per_instance_accountant.ledger.records import Disclosure, Event, Phase, Run, is_hex
+from per_instance_accountant.ledger.sealing import Seal, walk_by_seal, write_seal
 from per_instance_accountant.ledger.storage import Source, directory_source
 from per_instance_accountant.ledger.walk import DIGEST_PREFIX, RunningDigest, Walk, walk_to_end
 
@@ -89,12 +90,12 @@ class Ledger:
     (1, False, [2])
     """
 
-    def __init__(self, source: Source, walk: Walk) -> None:
+    def __init__(self, source: Source, walk: Walk, digest: str | None = None) -> None:
         """Not for callers: use :meth:`open` or ``LedgerWriter.ledger()``."""
         progress = walk.progress
         self.source, self._stored = source, walk.stored
         self._sequence, self._end, self._chain = walk.sequence, walk.end, walk.chain
-        self._digest: str | None = None
+        self._digest = digest
         self._index: tuple[NDArray[Any], NDArray[np.int64]] | None = None
         self._ids: NDArray[Any] | None = None
         self.num_steps: Final = progress.num_steps
@@ -128,6 +129,24 @@ class Ledger:
             return path
         source = directory_source(Path(path))
         return cls(source, walk_to_end(source))
+
+    @classmethod
+    def open_sealed(cls, path: str | os.PathLike[str]) -> Ledger:
+        """Open a large ledger by its seal: compare all bytes with what was sealed, and verify what was
+        appended since. Without a seal it is verified as by :meth:`open`.
+
+        ``events()`` verifies every frame in any case, so that whatever is computed from facts rests on the
+        same checks. Raises as :meth:`open`, and LedgerError PIA042 for a log that is shorter than its seal or
+        differs from it, or for a damaged seal.
+        """
+        source = directory_source(Path(path))
+        return cls(source, *walk_by_seal(source))
+
+    def seal(self) -> None:
+        """Keep what this opening verified beside the log, for :meth:`open_sealed`. Raises LedgerError PIA041,
+        UsageError PIA071 for a ledger in memory."""
+        digest = bytes.fromhex(self.digest.removeprefix(DIGEST_PREFIX))
+        write_seal(self.source, Seal(self._sequence, self._end, digest, self._chain))
 
     def __repr__(self) -> str:
         return f"<Ledger: {self.num_steps} steps, {self.num_instances} instances>"
