@@ -58,9 +58,9 @@ def walk_by_seal(source: Source) -> tuple[Walk, str | None]:
     content = read_tagged(source, SEAL_NAME, _SEAL.size)
     if content is None:
         return walk_to_end(source), None
-    magic, *values = _SEAL.unpack(content)
-    if magic != _MAGIC:
+    if len(content) != _SEAL.size or not content.startswith(_MAGIC):
         _refuse_tag(SEAL_NAME)
+    _, *values = _SEAL.unpack(content)
     seal, digest = Seal(*values), RunningDigest(source)
     with source.reading() as (read_at, size):
         if size < seal.end:
@@ -90,6 +90,8 @@ def _sealed_frames(read_at: ReadAt, seal: Seal) -> Iterator[Frame]:
         payload = b"" if kind == frames.STEP else read_at(length, start)
         yield Frame(kind, sequence, offset, end, payload, b"")
         offset, number = end, number + 1
+    if (offset, number) != (seal.end, seal.sequence + 1):
+        damaged(number, offset, "what was sealed ends inside of a frame")
 
 
 def write_tagged(source: Source, name: str, content: bytes) -> None:
@@ -112,7 +114,7 @@ def read_tagged(source: Source, name: str, limit: int) -> bytes | None:
     if source.path is None:
         return None
     try:
-        content = read_beside(source.path, name, limit + TAG_SIZE)
+        content = read_beside(source.path, name, limit + TAG_SIZE + 1)
     except FileNotFoundError:
         return None
     except OSError as error:
