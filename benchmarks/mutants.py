@@ -173,7 +173,7 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
     _ledger(
         "no mark where a resume went back",
         "writer.py",
-        "                writer.append(Resume(at_step=at_step))",
+        "                writer.append(Resume(at_step=at_step, session=session))",
         "                pass",
         *_STORAGE,
         *_FACTS,

@@ -21,7 +21,7 @@ from per_instance_accountant.accounting.chords import CHUNK, ChordTables, clip_r
 from per_instance_accountant.accounting.compaction import require_draws
 from per_instance_accountant.accounting.disclosures import disclosure_rdp
 from per_instance_accountant.accounting.entries import ENFORCED, clip_norms, require_below, rule_in_fact
-from per_instance_accountant.accounting.levels import Span
+from per_instance_accountant.accounting.levels import Span, with_span
 from per_instance_accountant.accounting.loss import IndividualLoss
 from per_instance_accountant.accounting.rules import (
     Basis,
@@ -58,10 +58,6 @@ _FIXED = ("worst_case", "fixed_thresholds")
 """Rules whose bounds are known before the run."""
 _ROUNDING = 1 + 1e-12
 """Covers the rounding of the additions (relative 1e-16 each, up to 4,000 spans per instance)."""
-_SPAN_BYTES = 1 << 28
-_SPAN_RATES = 4
-"""Runs whose spans need more than this keep no spans: their tight epsilon is that of their Renyi
-curve."""
 
 
 class _Fold:
@@ -191,13 +187,13 @@ class _Fold:
     def _keep_span(self, phase: Phase, steps: int) -> None:
         """Remember the ratios of the span for the tight epsilon, rounded up to float32."""
         rate, ratio = phase.amplification_rate, clip_ratio(phase)
-        self.worst_spans = _with_span(self.worst_spans, steps, rate, np.array([ratio]))
+        self.worst_spans = with_span(self.worst_spans, steps, rate, np.array([ratio]))
         if rule_in_fact(self.rule, self.thresholds) not in _FIXED:
             self.spans = None
         if self.spans is not None:
             share = np.minimum(self.bound / phase.max_grad_norm * (1 + 1e-15), 1.0)
             ratios = np.where(share > 0, share, np.nan) * ratio
-            self.spans = _with_span(self.spans, steps, rate, np.where(share > 0, ratios, 0.0))
+            self.spans = with_span(self.spans, steps, rate, np.where(share > 0, ratios, 0.0))
 
     def _settle(self, positions: NDArray[np.int64] | slice) -> None:
         """Charge ``positions`` their present bound for the steps since they were last charged."""
@@ -226,11 +222,16 @@ class _Fold:
         if self.squared_mu is not None:
             self.squared_mu[positions] += squared
 
+    @property
+    def rounding(self) -> float:
+        """Covers the rounding of sums with one term for each step."""
+        return 1.0 + self.step * float(np.finfo(np.float64).eps)
+
     def settle_drawn(self) -> None:
         """Charge the sums of :meth:`_charge_drawn`, which are the same at all orders."""
         for start in range(0, len(self.drawn) if self.drawn.any() else 0, CHUNK):
             part = slice(start, start + CHUNK)
-            self.rdp[part] += self.drawn[part, None] * (self.orders / 2)
+            self.rdp[part] += self.drawn[part, None] * (self.orders / 2 * self.rounding)
 
     def _charge_repeats(self, step: Step) -> None:
         """A non-Poisson loader may put an instance into one release m times, up to m clip norms. Its batch
@@ -268,22 +269,6 @@ _TAKE: dict[type[Event], Callable[[_Fold, Any], None]] = {
     Filter: _Fold._take_filter,
     Drop: _Fold._take_drop,
 }
-
-
-def _with_span(spans: list[Span] | None, steps: int, rate: float, ratios: Array) -> list[Span] | None:
-    """The spans and one more, which is joined to the last one if nothing changed; None if they
-    became too many."""
-    if spans is None:
-        return None
-    with np.errstate(over="ignore"):
-        narrow = ratios.astype(np.float32)
-    narrow = np.where(narrow < ratios, np.nextafter(narrow, np.float32(np.inf)), narrow)
-    last = spans[-1] if spans else None
-    if last is not None and last.sample_rate == rate and np.array_equal(last.ratios, narrow):
-        return [*spans[:-1], Span(steps=last.steps + steps, sample_rate=rate, ratios=last.ratios)]
-    spans.append(Span(steps=steps, sample_rate=rate, ratios=narrow))
-    rates = {span.sample_rate for span in spans}
-    return spans if len(rates) <= _SPAN_RATES and len(spans) * narrow.nbytes <= _SPAN_BYTES else None
 
 
 def _checked_orders(orders: Sequence[float] | Array | None) -> Array:
@@ -401,7 +386,7 @@ def account(
         basis=max((_BASIS[r] for r in rules), key=_STRENGTH.index, default=Basis.CERTIFIED),
         charging=tuple(sorted(rules)),
         num_steps=ledger.num_steps,
-        mu=None if fold.squared_mu is None else np.sqrt(fold.squared_mu) * _ROUNDING,
+        mu=None if fold.squared_mu is None else np.sqrt(fold.squared_mu * fold.rounding) * _ROUNDING,
         digest=ledger.digest,
         certified_budget=None if filtered is None else filtered.only(part),
         spans=None if fold.spans is None else tuple(fold.spans),
