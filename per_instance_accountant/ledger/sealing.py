@@ -118,7 +118,7 @@ def read_tagged(source: Source, name: str, limit: int) -> bytes | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise unreadable(error) from None
+        raise unreadable(error, name) from None
     body, tag = content[:-TAG_SIZE], content[-TAG_SIZE:]
     if not hmac.compare_digest(tag, _tag(source.key, name, body)):
         _refuse_tag(name)

@@ -110,11 +110,11 @@ def directory_source(path: Path) -> DirectorySource:
         raise unreadable(error) from None
 
 
-def unreadable(error: OSError) -> LedgerError:
+def unreadable(error: OSError, name: str = f"{LOG_NAME} or {KEY_NAME}") -> LedgerError:
     """LedgerError PIA041 for a file that the system does not hand out."""
     return LedgerError(
         "PIA041",
-        f"{LOG_NAME} or {KEY_NAME} cannot be used ({error.strerror or error})",
+        f"{name} cannot be used ({error.strerror or error})",
         "Nothing was read or recorded",
         'Ledger.open("runs/a"), an owned directory that is no symbolic link',
     )
@@ -139,7 +139,7 @@ def write_beside(path: Path, name: str, content: bytes) -> None:
         os.replace(draft, path / name)
         sync_directory(path)
     except OSError as error:
-        raise unreadable(error) from None
+        raise unreadable(error, name) from None
     finally:
         draft.unlink(missing_ok=True)
 

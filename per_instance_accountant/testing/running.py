@@ -186,8 +186,8 @@ def watch_checks(
 
     follow: called with each verdict as it comes. law_seconds: wall-clock time of one law, after which it
     counts as broken at the input it was tried at, and the next law is asked in a new process, but none after
-    ``GIVE_UP`` such laws; memory of that
-    process is limited to 8 GiB. Raises UsageError PIA070 or PIA071 if the reference names no accountant.
+    ``GIVE_UP`` such laws. Memory of that process is limited to 8 GiB. Raises UsageError PIA070 or PIA071 if
+    the reference names no accountant.
     """
     left = [check.law.name for check in named(laws)]
     verdicts: list[Verdict] = []

@@ -208,7 +208,7 @@ def test_a_seal_is_owner_only_complete_or_absent_and_follows_no_link(
     assert sorted(os.listdir(path)) == ["events.log", "key", "seal"]
     before = (path / "seal").read_bytes()
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
-    with pytest.raises(LedgerError, match=r"PIA041.*No space left"):
+    with pytest.raises(LedgerError, match=r"PIA041: seal cannot be used \(No space left"):
         Ledger.open(path).seal()
     monkeypatch.undo()
     assert (path / "seal").read_bytes() == before and len(os.listdir(path)) == 3
