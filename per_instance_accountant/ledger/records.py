@@ -177,13 +177,17 @@ class Disclosure:
     """A statistic of individual values was published by an ``epsilon``-differentially private mechanism.
     Recorded BEFORE its noise is drawn, and charged to every instance.
 
-    kind: ``"histogram"`` or ``"quantiles"``. epsilon: whatever becomes of one instance's row.
+    kind: ``"histogram"`` or ``"quantiles"``. epsilon: whatever becomes of one instance's row. identity: 32
+    random hex digits of this one statistic, so that no other copy of the ledger can hold the same record.
     """
 
     kind: str
     epsilon: float
+    identity: str | None = None
 
     def __post_init__(self) -> None:
+        known = self.identity is None or is_hex(self.identity, 32)
+        _require(known, "identity", "another text", "32 lower case hex digits")
         _require(self.kind in DISCLOSED, "kind", self.kind, str(DISCLOSED))
         sound = type(self.epsilon) is float and 0 < self.epsilon < math.inf
         _require(sound, "epsilon", self.epsilon, "(0, inf)")
