@@ -23,6 +23,9 @@ from per_instance_accountant.ledger.storage import KEY_NAME, LOG_NAME, sync_dire
 from per_instance_accountant.ledger.writer import LedgerWriter
 
 _ENFORCED: Final = ("fixed_thresholds", "sweep")
+_AS_WRITTEN: Final = (
+    "merge_parts(the parts as the ranks of this run wrote them, from backups if one was edited)"
+)
 
 
 def merge_parts(
@@ -127,12 +130,14 @@ def _check_together(opened: list[Ledger], allow_missing: bool) -> None:
         )
 
 
-def _refuse(happened: str) -> NoReturn:
+def _refuse(
+    happened: str, fix: str = "merge_parts([one part of every rank of one run], destination)"
+) -> NoReturn:
     raise LedgerError(
         "PIA115",
         f"the parts do not make up one run: {happened}",
         "Steps of one of them would be charged to the wrong run or twice; nothing was written",
-        "merge_parts([one part of every rank of one run], destination)",
+        fix,
     )
 
 
@@ -218,8 +223,8 @@ class _Merging:
             self._contradiction(f"state a different {type(heads[0]).__name__}")
         self._append(heads[0])
 
-    def _contradiction(self, what: str) -> NoReturn:
-        _refuse(f"after step {self._writer.num_steps} of the run its ranks {what}")
+    def _contradiction(self, what: str, fix: str = _AS_WRITTEN) -> NoReturn:
+        _refuse(f"after step {self._writer.num_steps} of the run its ranks {what}", fix)
 
     def _append(self, event: Event) -> None:
         self._writer.append(event)
@@ -302,7 +307,9 @@ class _Merging:
         if (positions[1:] > positions[:-1]).all():
             return Step(positions=positions, contributions=contributions)
         if phase.sampling == "poisson":
-            self._contradiction("drew the same instance in one Poisson step")
+            self._contradiction(
+                "drew the same instance in one Poisson step", "train again with the loaders of make_private"
+            )
         distinct, place, drawn = np.unique(positions, return_inverse=True, return_counts=True)
         # Clipping allows an instance one clip norm for each time that it was drawn.
         alone = drawn[place] == 1
