@@ -150,6 +150,14 @@ def _refuse_destination() -> NoReturn:
     )
 
 
+class _Disagreement(Exception):
+    """Facts of ranks in one session that cannot all be true."""
+
+    def __init__(self, what: str, fix: str) -> None:
+        super().__init__(what)
+        self.fix = fix
+
+
 class _Merging:
     """Passes over all parts side by side and writes what they say together."""
 
@@ -161,17 +169,24 @@ class _Merging:
         self._thresholds: NDArray[np.float32] = np.full(self._run.num_instances, np.inf, dtype=np.float32)
         self._out = np.zeros(self._run.num_instances, dtype=np.bool_)
         """Who was forgotten or dropped."""
-        self._resumed = self._compare_drops = False
+        self._resumed = self._compare_drops = self._apart = False
         self._repeats = self._filled = False
         self._incomplete: list[tuple[int, int]] = []
 
     def run(self) -> None:
         while any(part.head is not None for part in self._parts):
             active = [part for part in self._parts if not isinstance(part.head, Resume | None)]
-            if active:
-                self._take(active)
-            else:
+            if not active:
+                self._apart = False
                 self._resume([part for part in self._parts if part.head is not None])
+                continue
+            try:
+                self._take(active[:1] if self._apart else active)
+            except _Disagreement as found:
+                # Ranks that disagreed recorded it, released nothing, and began again: each is counted alone.
+                if self._apart or not all(part.is_retried for part in active):
+                    _refuse(str(found), found.fix)
+                self._apart = self._resumed = True
         if self._repeats and self._filled:
             self._refuse_repeats()
         self._finish()
@@ -224,7 +239,7 @@ class _Merging:
         self._append(heads[0])
 
     def _contradiction(self, what: str, fix: str = _AS_WRITTEN) -> NoReturn:
-        _refuse(f"after step {self._writer.num_steps} of the run its ranks {what}", fix)
+        raise _Disagreement(f"after step {self._writer.num_steps} of the run its ranks {what}", fix)
 
     def _append(self, event: Event) -> None:
         self._writer.append(event)
@@ -257,7 +272,7 @@ class _Merging:
         later = {start for part in waiting for start in part.starts[1:]}
         ready = [part.starts[0] for part in waiting if part.starts[0] not in later]
         if not ready:
-            self._contradiction("began the same sessions in another order")
+            _refuse("the ranks began the same sessions in another order", _AS_WRITTEN)
         return ready[0]
 
     def _state_again(self, active: list[Part]) -> None:
@@ -282,15 +297,16 @@ class _Merging:
             self._contradiction("state a different Drop")
         self._compare_drops = False
         absent = self._world_size - len(active)
-        if len(active) < len(self._parts):
-            self._mark_incomplete(self._writer.num_steps)
         phase = self._phase
         if phase is None:
             self._contradiction("have a step before any phase next")
         step = self._together(steps, phase)
+        if len(active) < len(self._parts):
+            self._mark_incomplete(self._writer.num_steps)
         if absent and (phase.charging == "unamplified" or phase.sampling != "poisson"):
             step = self._everybody(step, phase, absent)
         self._append(step)
+        self._resumed = self._apart
 
     def _mark_incomplete(self, step: int) -> None:
         if self._incomplete and self._incomplete[-1][1] == step:

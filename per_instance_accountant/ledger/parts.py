@@ -23,8 +23,9 @@ class Part:
         self.own_steps = 0
         """Steps of this part before ``head``."""
         self.head: Event | None = None
-        self.starts = _starts(ledger.sessions)
+        self.starts = _starts([session for session, _ in ledger.sessions])
         """The Resumes that follow, ``head`` included."""
+        self._ends = [steps for _, steps in ledger.sessions]
         self.phase: Phase | None = None
         self.thresholds: Thresholds | None = None
         """What this part stated last before ``head``."""
@@ -43,6 +44,12 @@ class Part:
         """``own_steps`` in the count of the merged ledger."""
         own, merged = self._sessions[-1]
         return merged + self.own_steps - own
+
+    @property
+    def is_retried(self) -> bool:
+        """Whether at most one step follows before the part begins another session, so that nothing was
+        released after a disagreement at ``head``: ranks record a step and compare before they release it."""
+        return bool(self.starts) and self._ends[-len(self.starts)] - self.own_steps <= 1
 
     def advance(self) -> None:
         """Go on to the next fact."""
@@ -100,7 +107,7 @@ class Part:
         self._anchorable.append((session, walk.sequence, walk.progress.num_steps, bytes.fromhex(digest)))
 
 
-def _starts(sessions: tuple[str | None, ...]) -> list[Start]:
+def _starts(sessions: list[str | None]) -> list[Start]:
     before: Counter[str | None] = Counter()
     starts = []
     for session in sessions:

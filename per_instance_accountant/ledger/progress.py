@@ -45,8 +45,8 @@ class Progress:
         self.num_instances, self._part = num_instances, part
         self.num_steps = 0
         self.num_public_steps = 0
-        self.sessions: list[str | None] = []
-        """What each Resume says about its session."""
+        self.sessions: list[tuple[str | None, int]] = []
+        """Of each Resume: what it says about its session, and how many steps were recorded before it."""
         self.phases: list[Phase] = []
         self.disclosures: list[Disclosure] = []
         self.abandoned: list[tuple[int, int]] = []
@@ -180,7 +180,7 @@ class Progress:
             )
 
     def _apply_resume(self, event: Resume) -> None:
-        self.sessions.append(event.session)
+        self.sessions.append((event.session, self.num_steps))
         start = event.at_step
         # What was stated after the checkpoint was stated for the branch that is left behind.
         self._phase_stale |= self._phase_at >= start

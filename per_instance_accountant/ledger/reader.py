@@ -112,7 +112,7 @@ class Ledger:
         self.num_public_steps: Final = progress.num_public_steps
         """Updates on public data, which cost nobody anything and are no steps."""
         self.sessions: Final = tuple(progress.sessions)
-        """The session of each Resume: how often and together with whom the run was continued."""
+        """Of each Resume: its session, which the ranks of a run have in common, and the steps before it."""
         self.merge: Final = walk.merge
         """How this ledger was merged from the parts of several ranks; None if it was not."""
         self.confirmed: Final = not progress.pending

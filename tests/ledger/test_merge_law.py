@@ -503,6 +503,39 @@ def test_sessions_that_are_told_apart_by_their_number_only_fail_the_law(
         test_ranks_that_were_killed_at_any_moment_are_merged(43, tmp_path / "wrong")
 
 
+@pytest.mark.parametrize("what", ["phase", "drop", "draw", "kind"])
+def test_ranks_that_disagreed_released_nothing_and_began_again_are_counted_apart(what: str) -> None:
+    start = [Filter(family="gaussian", orders=np.full(N, 2.0), budgets=np.full(N, 9.0))]
+    start.append(phase := make_phase("worst_case"))
+    other, drop = make_phase("worst_case", noise_std=0.5), Drop(positions=np.array([0]))
+    disagreed: dict[str, tuple[list[Event], list[Event]]] = {
+        "phase": ([step_of([1])], [other, step_of([2])]),
+        "drop": ([drop, step_of([1])], [step_of([2])]),
+        "draw": ([step_of([1, 2])], [step_of([2, 3])]),
+        "kind": ([PublicStep(), step_of([1])], [step_of([2])]),
+    }
+    missing = [drop if what == "drop" else PublicStep()] if what in ("drop", "kind") else []
+    ends = [step_of([4])], [step_of([5])]
+    parts = [[*start, step_of([6 + rank]), *disagreed[what][rank]] for rank in range(2)]
+    with pytest.raises(LedgerError, match="PIA115"):
+        merge_parts(ranked(parts), None)
+    again = [[*parts[rank], *sessions("a"), phase, *ends[rank]] for rank in range(2)]
+    if missing:
+        again[1].insert(-1, missing[0])
+    if what == "kind":
+        again[0].insert(-1, missing[0])
+    merged = merge_parts(ranked(again), None)
+    assert merged.num_steps == 4 and merged.merge is not None
+    assert merged.merge.incomplete == ((1, 3),) and merged.confirmed
+    recorded = [*start, step_of([]), step_of([1]), *([other] if what == "phase" else []), step_of([2])]
+    recorded += [*([phase] if what == "phase" else []), *([drop] if what == "drop" else []), step_of([])]
+    least = account(written(Run(num_instances=N), recorded), orders=ORDERS)
+    assert (account(merged, orders=ORDERS).rdp * (1 + 1e-12) >= least.rdp).all()
+    further = [[*parts[rank], step_of([3 + rank]), *sessions("a"), phase] for rank in range(2)]
+    with pytest.raises(LedgerError, match="PIA115"):
+        merge_parts(ranked(further), None)
+
+
 def test_a_merged_ledger_continues_from_the_checkpoint_of_a_rank(tmp_path: Path) -> None:
     phase = make_phase("worst_case")
     parts = ranked([[phase, step_of([0])], [phase, step_of([1])]])
