@@ -173,10 +173,24 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
     _ledger(
         "no mark where a resume went back",
         "writer.py",
-        "                writer.append(Resume(at_step=at_step))",
+        "                writer.append(Resume(at_step=at_step, session=session))",
         "                pass",
         *_STORAGE,
         *_FACTS,
+    ),
+    _ledger(
+        "bytes not compared with the seal",
+        "sealing.py",
+        "if digest.upto(seal.end) != DIGEST_PREFIX + seal.digest.hex():",
+        "if digest.upto(seal.end) is None:",
+        "ledger/test_ledger_sealing.py",
+    ),
+    _ledger(
+        "sessions of ranks told apart by their number",
+        "parts.py",
+        "        starts.append((session, before[session]))",
+        "        starts.append((None, len(starts)))",
+        "ledger/test_merge_law.py",
     ),
     _ledger(
         "chain value not compared",

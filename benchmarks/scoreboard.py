@@ -23,6 +23,8 @@ import numpy as np
 
 from benchmarks import Figure, arguments, machine, report
 from benchmarks.exact import one_step_delta, rdp_of_step
+from benchmarks.large_ledger import large_ledger
+from benchmarks.promises import promises
 from per_instance_accountant import account
 from per_instance_accountant.accounting import PrivacyFilter
 from per_instance_accountant.divergence import (
@@ -51,6 +53,21 @@ PAGE = ROOT / "docs" / "scoreboard.md"
 RATES = (1e-12, 1e-8, 1e-4, 0.01, 0.1, 0.5, 0.9, 1 - 1e-12)
 WHOLE = (2, 3, 8, 64, 256, 1024)
 BROKEN = (1 + 2**-26, 1.1, 1.5, 3.7, 58.5, 99.9)
+BRACKETS = (
+    (0.01, 1.0, 1000),
+    (0.1, 0.5, 100),
+    (0.5, 0.2, 50),
+    (1.0, 0.1, 40),
+    (1e-3, 1.0, 10_000),
+    (0.004, 0.9, 4000),
+    (0.02, 1.5, 500),
+    (0.05, 0.7, 2000),
+    (0.2, 0.3, 1000),
+    (0.25, 2.0, 10),
+    (0.9, 0.5, 20),
+    (1.0, 1.0, 5),
+)
+"""Sample rate, sensitivity over noise, steps: each at two values of delta."""
 HOLDS: dict[object, str] = {True: "yes", False: "NO", None: ""}
 Figures = dict[str, Figure]
 
@@ -129,9 +146,7 @@ def below_loss_distributions(quick: bool) -> int:
     from dp_accounting.pld import privacy_loss_distribution as pld
 
     below = 0
-    for rate, ratio, steps in ((0.01, 1.0, 1000), (0.1, 0.5, 100), (0.5, 0.2, 50), (1.0, 0.1, 40))[
-        : 2 if quick else 4
-    ]:
+    for rate, ratio, steps in BRACKETS[: 2 if quick else None]:
         optimistic = pld.from_gaussian_mechanism(
             1 / ratio, sampling_prob=rate, pessimistic_estimate=False, value_discretization_interval=1e-3
         ).self_compose(steps)
@@ -417,36 +432,18 @@ def private_step(repetitions: int) -> float:
     return min(times[1:])
 
 
-def bad_inputs(quick: bool) -> Figures:
-    """The table of bad inputs, one test for each row."""
-    files = ["test_number_cases.py", "test_stored_cases.py"] if quick else ["."]
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "no:xdist"]
-    command += [str(ROOT / "tests" / "bad_inputs" / name) for name in files]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    counted = {
-        name: int(number) for number, name in re.findall(r"(\d+) (passed|failed|error|skipped)", done.stdout)
-    }
-    return {
-        "bad inputs with another behaviour than promised": Figure(
-            value=counted.get("failed", 0) + counted.get("error", 0) + (done.returncode > 1), target=0
-        ),
-        "bad inputs with the promised behaviour": Figure(
-            value=counted.get("passed", 0), target=50 if quick else 106, at_least=True
-        ),
-    }
-
-
 MEASUREMENTS: tuple[Callable[[bool], Figures], ...] = (
     formulas,
     conversions,
     duration_of_calls,
-    bad_inputs,
+    promises,
     kills,
     damage,
     merges,
     histories,
     hostile_files,
     cost_of_a_step,
+    large_ledger,
 )
 
 

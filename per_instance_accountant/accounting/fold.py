@@ -4,7 +4,7 @@ Every step is charged to every instance, drawn or not, at the bound ``c`` that i
 ``D_alpha(sample_rate, c / noise_std)`` of the Poisson-sampled Gaussian
 (``docs/math/individual_loss.md``). The value between two nodes of the sensitivity grid is read off
 the chord, which lies above the curve because the Renyi divergence of one step is convex in the
-squared sensitivity. Memory: the curves themselves, about 40 bytes per instance beside them, and a
+squared sensitivity. Memory: the curves themselves, about 50 bytes per instance beside them, and a
 bounded remainder; ``partition`` folds a range of instances only.
 """
 
@@ -21,7 +21,7 @@ from per_instance_accountant.accounting.chords import CHUNK, ChordTables, clip_r
 from per_instance_accountant.accounting.compaction import require_draws
 from per_instance_accountant.accounting.disclosures import disclosure_rdp
 from per_instance_accountant.accounting.entries import ENFORCED, clip_norms, require_below, rule_in_fact
-from per_instance_accountant.accounting.levels import Span
+from per_instance_accountant.accounting.levels import Span, with_span
 from per_instance_accountant.accounting.loss import IndividualLoss
 from per_instance_accountant.accounting.rules import (
     Basis,
@@ -58,10 +58,6 @@ _FIXED = ("worst_case", "fixed_thresholds")
 """Rules whose bounds are known before the run."""
 _ROUNDING = 1 + 1e-12
 """Covers the rounding of the additions (relative 1e-16 each, up to 4,000 spans per instance)."""
-_SPAN_BYTES = 1 << 28
-_SPAN_RATES = 4
-"""Runs whose spans need more than this keep no spans: their tight epsilon is that of their Renyi
-curve."""
 
 
 class _Fold:
@@ -76,6 +72,8 @@ class _Fold:
         self.rdp = np.zeros((size, len(orders)))
         self.worst = np.zeros(len(orders))
         self.squared_mu: Array | None = np.zeros(size)
+        self.drawn = np.zeros(size)
+        """Squared ratios of unamplified steps, added up."""
         self.phase: Phase | None = None
         self.enforced: Array = np.full(size, np.inf)
         self.thresholds: Thresholds | None = None
@@ -189,13 +187,13 @@ class _Fold:
     def _keep_span(self, phase: Phase, steps: int) -> None:
         """Remember the ratios of the span for the tight epsilon, rounded up to float32."""
         rate, ratio = phase.amplification_rate, clip_ratio(phase)
-        self.worst_spans = _with_span(self.worst_spans, steps, rate, np.array([ratio]))
+        self.worst_spans = with_span(self.worst_spans, steps, rate, np.array([ratio]))
         if rule_in_fact(self.rule, self.thresholds) not in _FIXED:
             self.spans = None
         if self.spans is not None:
             share = np.minimum(self.bound / phase.max_grad_norm * (1 + 1e-15), 1.0)
             ratios = np.where(share > 0, share, np.nan) * ratio
-            self.spans = _with_span(self.spans, steps, rate, np.where(share > 0, ratios, 0.0))
+            self.spans = with_span(self.spans, steps, rate, np.where(share > 0, ratios, 0.0))
 
     def _settle(self, positions: NDArray[np.int64] | slice) -> None:
         """Charge ``positions`` their present bound for the steps since they were last charged."""
@@ -220,9 +218,20 @@ class _Fold:
         std^2)``)."""
         phase = self.mechanism
         squared = (np.nextafter(contributions.astype(np.float64), np.inf) / phase.noise_std) ** 2
-        self.rdp[positions] += squared[:, None] * (self.orders / 2)
+        self.drawn[positions] += squared
         if self.squared_mu is not None:
             self.squared_mu[positions] += squared
+
+    @property
+    def rounding(self) -> float:
+        """Covers the rounding of sums with one term for each step."""
+        return 1.0 + self.step * float(np.finfo(np.float64).eps)
+
+    def settle_drawn(self) -> None:
+        """Charge the sums of :meth:`_charge_drawn`, which are the same at all orders."""
+        for start in range(0, len(self.drawn) if self.drawn.any() else 0, CHUNK):
+            part = slice(start, start + CHUNK)
+            self.rdp[part] += self.drawn[part, None] * (self.orders / 2 * self.rounding)
 
     def _charge_repeats(self, step: Step) -> None:
         """A non-Poisson loader may put an instance into one release m times, up to m clip norms. Its batch
@@ -260,22 +269,6 @@ _TAKE: dict[type[Event], Callable[[_Fold, Any], None]] = {
     Filter: _Fold._take_filter,
     Drop: _Fold._take_drop,
 }
-
-
-def _with_span(spans: list[Span] | None, steps: int, rate: float, ratios: Array) -> list[Span] | None:
-    """The spans and one more, which is joined to the last one if nothing changed; None if they
-    became too many."""
-    if spans is None:
-        return None
-    with np.errstate(over="ignore"):
-        narrow = ratios.astype(np.float32)
-    narrow = np.where(narrow < ratios, np.nextafter(narrow, np.float32(np.inf)), narrow)
-    last = spans[-1] if spans else None
-    if last is not None and last.sample_rate == rate and np.array_equal(last.ratios, narrow):
-        return [*spans[:-1], Span(steps=last.steps + steps, sample_rate=rate, ratios=last.ratios)]
-    spans.append(Span(steps=steps, sample_rate=rate, ratios=narrow))
-    rates = {span.sample_rate for span in spans}
-    return spans if len(rates) <= _SPAN_RATES and len(spans) * narrow.nbytes <= _SPAN_BYTES else None
 
 
 def _checked_orders(orders: Sequence[float] | Array | None) -> Array:
@@ -345,7 +338,7 @@ def account(
     ledger: an open Ledger or the path of one. charging: a rule, or None for the rule(s) of the run
     itself. orders: (m,) Renyi orders above 1, or None for ``divergence.DEFAULT_ORDERS``.
     partition: ``(start, stop)`` positions, or None for all; the parts of a data set are folded
-    independently of each other, each in about ``8 m + 40`` bytes per instance. apart: whether no bit
+    independently of each other, each in about ``8 m + 50`` bytes per instance. apart: whether no bit
     of an instance's values may depend on other instances, as private statistics of them need.
 
     Returns an :class:`IndividualLoss` whose ``rdp`` (N, m) are upper bounds in nats, with the basis
@@ -380,6 +373,7 @@ def account(
     for event in ledger.events():
         fold.take(event)
     fold.settle_all()
+    fold.settle_drawn()
     filtered = certified_budget(ledger)
     rules = fold.rules_used or ({charging.name} if charging else {p.charging for p in ledger.phases})
     np.minimum(finished(fold.rdp), fold.worst, out=fold.rdp)
@@ -392,7 +386,7 @@ def account(
         basis=max((_BASIS[r] for r in rules), key=_STRENGTH.index, default=Basis.CERTIFIED),
         charging=tuple(sorted(rules)),
         num_steps=ledger.num_steps,
-        mu=None if fold.squared_mu is None else np.sqrt(fold.squared_mu) * _ROUNDING,
+        mu=None if fold.squared_mu is None else np.sqrt(fold.squared_mu * fold.rounding) * _ROUNDING,
         digest=ledger.digest,
         certified_budget=None if filtered is None else filtered.only(part),
         spans=None if fold.spans is None else tuple(fold.spans),

@@ -21,6 +21,10 @@ _DECADES: Final = 4.0
 _CHUNK: Final = 4096
 _AT_ONCE: Final = 1 << 24
 """Levels of instances at spans held at once."""
+_SPAN_BYTES: Final = 1 << 28
+_SPAN_RATES: Final = 4
+"""Runs whose spans need more than this keep no spans: their tight epsilon is that of their Renyi
+curve."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -31,6 +35,22 @@ class Span:
     steps: int
     sample_rate: float
     ratios: NDArray[np.float32]
+
+
+def with_span(spans: list[Span] | None, steps: int, rate: float, ratios: Floats) -> list[Span] | None:
+    """The spans and one more, which is joined to the last one if nothing changed; None if they
+    became too many."""
+    if spans is None:
+        return None
+    with np.errstate(over="ignore"):
+        narrow = ratios.astype(np.float32)
+    narrow = np.where(narrow < ratios, np.nextafter(narrow, np.float32(np.inf)), narrow)
+    last = spans[-1] if spans else None
+    if last is not None and last.sample_rate == rate and np.array_equal(last.ratios, narrow):
+        return [*spans[:-1], Span(steps=last.steps + steps, sample_rate=rate, ratios=last.ratios)]
+    spans.append(Span(steps=steps, sample_rate=rate, ratios=narrow))
+    rates = {span.sample_rate for span in spans}
+    return spans if len(rates) <= _SPAN_RATES and len(spans) * narrow.nbytes <= _SPAN_BYTES else None
 
 
 def tight_epsilon(spans: tuple[Span, ...], delta: float) -> Floats:

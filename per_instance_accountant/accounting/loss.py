@@ -70,7 +70,7 @@ class IndividualLoss(Tabular):
         about Renyi divergences only (docs/math/tight_epsilon.md), so elsewhere this is :meth:`epsilon`.
         """
         epsilon = self.epsilon(delta)
-        if self.spans is None or self.basis is not Basis.CERTIFIED:
+        if not self.spans or self.basis is not Basis.CERTIFIED:
             return epsilon
         return np.minimum(epsilon, tight_epsilon(self.spans, delta))
 
@@ -78,7 +78,7 @@ class IndividualLoss(Tabular):
         """Upper bound on epsilon for every instance, at most :meth:`worst_case_epsilon`, tight where
         possible."""
         epsilon = self.worst_case_epsilon(delta)
-        if self.worst_spans is None:
+        if not self.worst_spans:
             return epsilon
         return float(min(epsilon, *tight_epsilon(self.worst_spans, delta)))
 

@@ -167,6 +167,13 @@ class BudgetAudit(Tabular):
         :func:`per_instance_accountant.report.write_report` for ``audience=`` and the other options."""
         view("write_report")(self, path, **options)
 
+    def keep(self) -> None:
+        """Keep these numbers beside their ledger, owner-only: see
+        :func:`per_instance_accountant.audit.kept.kept_audit`."""
+        from per_instance_accountant.audit.kept import keep_audit
+
+        keep_audit(self)
+
     def _summary(self) -> Mapping[str, str]:
         low, middle, high = (rounded_up(q) for q in self.quantiles([0.1, 0.5, 0.9]).tolist())
         return {

@@ -22,7 +22,7 @@ from per_instance_accountant.errors import (
     UnsupportedError,
     UsageError,
 )
-from per_instance_accountant.ledger import Disclosure, Ledger, LedgerWriter
+from per_instance_accountant.ledger import Anchor, Disclosure, Ledger, LedgerWriter, new_run_id
 
 Array = NDArray[np.float64]
 
@@ -38,23 +38,27 @@ _CANDIDATES: Final = 400
 class PublishedHistogram:
     """counts: (B,) noisy, some may be negative; bin b holds the epsilons in ``(edges[b], edges[b + 1]]``, the
     first one also ``edges[0]``, the last one everything above. edges: (B + 1,). epsilon: what it cost
-    everybody. delta: of the epsilons that were counted."""
+    everybody. delta: of the epsilons that were counted. anchor: the moment of the ledger that charges it, so
+    that ``Ledger.open(path).holds(anchor)`` tells whether another copy of the ledger does."""
 
     counts: tuple[int, ...]
     edges: tuple[float, ...]
     epsilon: float
     delta: float
+    anchor: Anchor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishedQuantiles:
     """values: (Q,) noisy estimates, rising, each one of the public candidates; they bound nothing. epsilon:
-    what all of them together cost everybody. delta: of the epsilons whose quantiles these are."""
+    what all of them together cost everybody. delta: of the epsilons whose quantiles these are. anchor: as of
+    a :class:`PublishedHistogram`."""
 
     quantiles: tuple[float, ...]
     values: tuple[float, ...]
     epsilon: float
     delta: float
+    anchor: Anchor
 
 
 def release_histogram(
@@ -81,10 +85,14 @@ def release_histogram(
     mechanism = _within(lambda scale: dp.m.make_laplace(*space, scale=scale), epsilon)
     limits, values = _prepared(ledger, delta, edges, _BINS + 1)
     counts = np.bincount(np.searchsorted(limits[1:-1], values, side="left"), minlength=limits.size - 1)
-    _charge(ledger, "histogram", epsilon)
+    anchor = _charge(ledger, "histogram", epsilon)
     noisy = mechanism(counts.tolist())
     return PublishedHistogram(
-        counts=tuple(map(int, noisy)), edges=tuple(limits.tolist()), epsilon=float(epsilon), delta=delta
+        counts=tuple(map(int, noisy)),
+        edges=tuple(limits.tolist()),
+        epsilon=float(epsilon),
+        delta=delta,
+        anchor=anchor,
     )
 
 
@@ -120,13 +128,17 @@ def release_quantiles(
         return _within(make, epsilon / len(wanted))
 
     mechanisms = [select(quantile) for quantile in wanted]
-    _charge(ledger, "quantiles", epsilon)
+    anchor = _charge(ledger, "quantiles", epsilon)
     chosen = [float(mechanism(values.tolist())) for mechanism in mechanisms]
     ranks = np.argsort(wanted, kind="stable")
     rising = np.empty(len(wanted))
     rising[ranks] = np.sort(chosen)
     return PublishedQuantiles(
-        quantiles=tuple(wanted), values=tuple(rising.tolist()), epsilon=float(epsilon), delta=delta
+        quantiles=tuple(wanted),
+        values=tuple(rising.tolist()),
+        epsilon=float(epsilon),
+        delta=delta,
+        anchor=anchor,
     )
 
 
@@ -194,10 +206,11 @@ def _within(make: Callable[[float], Any], epsilon: float) -> Any:
     )
 
 
-def _charge(path: str | os.PathLike[str], kind: str, epsilon: float) -> None:
+def _charge(path: str | os.PathLike[str], kind: str, epsilon: float) -> Anchor:
     """Recorded and on the device before any noise exists."""
     with LedgerWriter.resume(path, fsync="step") as writer:
-        writer.append(Disclosure(kind=kind, epsilon=float(epsilon)))
+        writer.append(Disclosure(kind=kind, epsilon=float(epsilon), identity=new_run_id()))
+        return writer.anchor
 
 
 def _opendp() -> Any:

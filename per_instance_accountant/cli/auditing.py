@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,10 @@ from per_instance_accountant.cli.application import (
 )
 from per_instance_accountant.cli.pages import audit_page, budget_verdict
 from per_instance_accountant.cli.printing import Format, emit
+from per_instance_accountant.errors import UsageError
+
+if TYPE_CHECKING:
+    from per_instance_accountant.audit.budget import BudgetAudit
 
 
 def audit(
@@ -27,17 +31,40 @@ def audit(
         float | None, typer.Option("--budget", metavar="EPS", help="Fail above this epsilon.")
     ] = None,
     charging: ChargingOption = Charging.AS_TRAINED,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the numbers beside the ledger.")] = False,
+    kept: Annotated[bool, typer.Option("--kept", help="Show the kept numbers: fast.")] = False,
     output_format: FormatOption = Format.TABLE,
 ) -> None:
     """Individual privacy budgets. CSV lists every instance, or the groups with --by."""
-    from per_instance_accountant.audit import audit as judge
-    from per_instance_accountant.cli.watching import open_ledger
-
-    result = judge(open_ledger(ledger), delta, charging=rule_of(charging))
+    result = _kept(ledger, delta, charging) if kept else _computed(ledger, delta, charging)
+    if keep:
+        result.keep()
     count = top or len(result.ids) if output_format is Format.CSV and by is None else top
     within = None if budget is None else budget_verdict(result, budget)
     emit(audit_page(result, ledger, by, count, within), output_format)
     finish(within is None or within["certified"])
+
+
+def _computed(ledger: str, delta: float, charging: Charging) -> BudgetAudit:
+    from per_instance_accountant.audit import audit as judge
+    from per_instance_accountant.cli.watching import open_ledger
+
+    return judge(open_ledger(ledger), delta, charging=rule_of(charging))
+
+
+def _kept(ledger: str, delta: float, charging: Charging) -> BudgetAudit:
+    from per_instance_accountant.audit.kept import kept_audit
+
+    result, rule = kept_audit(ledger), rule_of(charging)
+    other = rule is not None and result.charging != (rule.name,)
+    if other or result.delta != delta:
+        raise UsageError(
+            "PIA070",
+            f"the kept audit is at delta {result.delta:g} by {'+'.join(result.charging)}",
+            "Its numbers answer another question",
+            f"pia audit {ledger} --kept --delta {result.delta:g}, or without --kept",
+        )
+    return result
 
 
 COMMANDS = (audit,)

@@ -22,6 +22,8 @@ def check(
     output_format: FormatOption = Format.TABLE,
 ) -> None:
     """Check an accountant against laws. Exit code 0 only if laws ran and all hold; 2 if none ran."""
+    from tqdm.auto import tqdm
+
     from per_instance_accountant.errors import UsageError
     from per_instance_accountant.testing import CHECKS, watch_checks
 
@@ -33,9 +35,15 @@ def check(
         raise UsageError(
             "PIA071", "no accountant was named", "Nothing was checked", "pia check my_module:MyAccountant"
         )
-    report = watch_checks(
-        accountant, laws=law or (), examples=examples, seconds=seconds, law_seconds=law_seconds
-    )
+    with tqdm(total=len(law or CHECKS), desc="laws", disable=None, leave=False, delay=1.0) as bar:
+        report = watch_checks(
+            accountant,
+            laws=law or (),
+            examples=examples,
+            seconds=seconds,
+            law_seconds=law_seconds,
+            follow=lambda verdict: bar.update(),
+        )
     outcomes = [
         {
             "law": v.law,

@@ -52,7 +52,8 @@ def sampled_gaussian_rdp(sample_rate: float, ratios: ArrayLike, orders: ArrayLik
     sample_rate in [0, 1]. ratios: scalar or (n,), sensitivity / noise std in [0, inf]. orders: scalar or (m,)
     in (1, 16384] or inf. Returns (n, m): ``D_order((1 - q) N(0, 1) + q N(ratio, 1) || N(0, 1))``, the larger
     direction (Mironov, Talwar and Zhang 2019), never below the exact value and at most 1e-9 of it above.
-    ratio 0 or sample_rate 0 gives exactly 0, ratio inf gives inf, sample_rate 1 gives ``order ratio^2 / 2``.
+    ratio 0 or sample_rate 0 gives exactly 0, ratio inf gives inf, sample_rate 1 gives ``order ratio^2 / 2``,
+    rounded up.
     For sample_rate below 1e-15 and ratio above 1e6 the upper bound is looser.
     Integer orders: the finite sum of the same paper without its cancellation; others: quadrature (our
     derivation). Both, with their errors, in docs/math/sampled_gaussian.md.
@@ -74,7 +75,7 @@ def sampled_gaussian_rdp(sample_rate: float, ratios: ArrayLike, orders: ArrayLik
     r = np.atleast_1d(np.asarray(ratios, dtype=np.float64))
     if rate == 0:
         return np.zeros_like(unsampled)
-    result = unsampled if rate == 1 else unsampled * (1 + ROUNDING)
+    result = unsampled * (1 + ROUNDING)
     inner = (r > 0) & (r <= _LARGEST_RATIO) & (rate < 1)
     if inner.any():
         value = _two_kernels(max(rate, _SMALLEST_RATE), r[inner], grid) * (1 + INFLATION)

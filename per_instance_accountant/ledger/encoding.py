@@ -150,12 +150,16 @@ def _decode_phase(payload: bytes, num_instances: int) -> Phase:
     return Phase(**restored, projection_radius=radius)
 
 
+def _stated(event: Resume | Disclosure) -> dict[str, Any]:
+    return {name: value for name, value in asdict(event).items() if value is not None}
+
+
 def _encode_resume(event: Resume, num_instances: int) -> bytes:
-    return canonical_json(asdict(event), "Resume", MAX_METADATA)
+    return canonical_json(_stated(event), "Resume", MAX_METADATA)
 
 
 def _decode_resume(payload: bytes, num_instances: int) -> Resume:
-    return Resume(**_strict_json(payload, {"at_step"}))
+    return Resume(**_strict_json(payload, {"at_step"}, {"session"}))
 
 
 def _encode_public(event: PublicStep, num_instances: int) -> bytes:
@@ -167,14 +171,14 @@ def _decode_public(payload: bytes, num_instances: int) -> PublicStep:
 
 
 def _encode_disclosure(event: Disclosure, num_instances: int) -> bytes:
-    return canonical_json(asdict(event), "Disclosure", MAX_METADATA)
+    return canonical_json(_stated(event), "Disclosure", MAX_METADATA)
 
 
 def _decode_disclosure(payload: bytes, num_instances: int) -> Disclosure:
-    content = _strict_json(payload, {"kind", "epsilon"})
+    content = _strict_json(payload, {"kind", "epsilon"}, {"identity"})
     if type(content["epsilon"]) not in (int, float):
         raise TypeError("a field of a disclosure has another type")
-    return Disclosure(kind=content["kind"], epsilon=float(content["epsilon"]))
+    return Disclosure(**(content | {"epsilon": float(content["epsilon"])}))
 
 
 def _encode_filter(event: Filter, num_instances: int) -> bytes:
@@ -249,7 +253,7 @@ def _strict_json(
     content = json.loads(payload, parse_int=_number)
     if not isinstance(content, dict) or set(content) not in (names, names | together):
         raise ValueError("not the fields of the record")
-    if rfc8785.dumps(content) != payload:
+    if rfc8785.dumps(content) != payload or any(content.get(name, "") is None for name in together):
         raise ValueError("not the canonical form of the record")
     return content
 

@@ -77,15 +77,28 @@ def damaged(sequence: int, offset: int, what: str) -> NoReturn:
     )
 
 
-def read_frames(read_at: ReadAt, size: int, key: bytes, limit: Callable[[int], int]) -> Iterator[Frame]:
+def read_header(header: bytes) -> tuple[int, int, int]:
+    """Kind, length of the payload and sequence number; of bytes that were verified before."""
+    _, _, kind, length, sequence = _FIELDS.unpack_from(header)
+    return kind, length, sequence
+
+
+def read_frames(
+    read_at: ReadAt,
+    size: int,
+    key: bytes,
+    limit: Callable[[int], int],
+    start: tuple[int, int, bytes] = (0, 0, GENESIS),
+) -> Iterator[Frame]:
     """Whole frames of the first ``size`` bytes, verified one by one; stops at an unfinished last frame.
 
-    limit: kind -> largest payload such a frame may have here, negative for a kind that must not occur.
+    start: offset and sequence number of the first of them, and the chain value before it. limit: kind ->
+    largest payload such a frame may have here, negative for a kind that must not occur.
     Memory is bounded by the payloads: nothing is allocated for a length before the bytes have passed the
     checks. Raises LedgerError PIA042 (damage) or PIA043 (format version).
     """
     window = _Window(read_at, size)
-    offset, sequence, previous = 0, 0, GENESIS
+    offset, sequence, previous = start
     while (frame := _next_frame(window, key, limit, offset, sequence, previous)) is not None:
         offset, sequence, previous = frame.end, frame.sequence + 1, frame.chain
         yield frame

@@ -16,13 +16,16 @@ from numpy.typing import NDArray
 from per_instance_accountant.errors import LedgerError
 from per_instance_accountant.ledger.encoding import StoredRun, encode, encode_run
 from per_instance_accountant.ledger.merged import MOMENT, Merge
-from per_instance_accountant.ledger.parts import Part
+from per_instance_accountant.ledger.parts import Part, Start
 from per_instance_accountant.ledger.reader import Ledger
 from per_instance_accountant.ledger.records import Drop, Event, Phase, Resume, Step, Thresholds
 from per_instance_accountant.ledger.storage import KEY_NAME, LOG_NAME, sync_directory, unreadable
 from per_instance_accountant.ledger.writer import LedgerWriter
 
 _ENFORCED: Final = ("fixed_thresholds", "sweep")
+_AS_WRITTEN: Final = (
+    "merge_parts(the parts as the ranks of this run wrote them, from backups if one was edited)"
+)
 
 
 def merge_parts(
@@ -41,12 +44,12 @@ def merge_parts(
     parts: directories or ledgers, in any order. destination: a new or empty directory, or None for memory; it
     appears complete or not at all. A step of the result holds the instances that any rank drew, rising.
 
-    Uncertain means counted. A step that only some ranks recorded is a step, although it was not released; two
-    of them may count as one, with all their instances, where some ranks began a resume more often than others
-    did. Where a charge depends on who was
-    drawn (``unamplified``, and loaders that are not Poisson), everybody who may have been drawn by the ranks
-    that did not record it is charged at the bound in force, once per rank. ``Ledger.merge`` says which steps
-    and ranks these are. allow_missing: merge although whole parts are lost, in the same way.
+    Ranks may have been killed at any moment, also while they continued: sessions are put side by side by what
+    their Resumes say. Uncertain means counted. A step that only some ranks recorded is a step, although it
+    was not released. Where a charge depends on who was drawn (``unamplified``, and loaders that are not
+    Poisson), everybody who may have been drawn by the ranks that did not record it is charged at the bound in
+    force, once per rank. ``Ledger.merge`` says which steps and ranks these are. allow_missing: merge although
+    whole parts are lost, in the same way.
 
     Raises LedgerError PIA115 (other runs, a part twice, no part, ranks that contradict each other; steps are
     named), PIA116 (parts missing), PIA041 to PIA045 as ``Ledger.open`` and ``LedgerWriter.create``.
@@ -127,12 +130,14 @@ def _check_together(opened: list[Ledger], allow_missing: bool) -> None:
         )
 
 
-def _refuse(happened: str) -> NoReturn:
+def _refuse(
+    happened: str, fix: str = "merge_parts([one part of every rank of one run], destination)"
+) -> NoReturn:
     raise LedgerError(
         "PIA115",
         f"the parts do not make up one run: {happened}",
         "Steps of one of them would be charged to the wrong run or twice; nothing was written",
-        "merge_parts([one part of every rank of one run], destination)",
+        fix,
     )
 
 
@@ -145,6 +150,14 @@ def _refuse_destination() -> NoReturn:
     )
 
 
+class _Disagreement(Exception):
+    """Facts of ranks in one session that cannot all be true."""
+
+    def __init__(self, what: str, fix: str) -> None:
+        super().__init__(what)
+        self.fix = fix
+
+
 class _Merging:
     """Passes over all parts side by side and writes what they say together."""
 
@@ -153,19 +166,27 @@ class _Merging:
         self._world_size = opened[0].run.world_size
         self._parts = [Part(ledger) for ledger in opened]
         self._phase: Phase | None = None
-        self._thresholds: NDArray[np.float32] | None = None
+        self._thresholds: NDArray[np.float32] = np.full(self._run.num_instances, np.inf, dtype=np.float32)
         self._out = np.zeros(self._run.num_instances, dtype=np.bool_)
         """Who was forgotten or dropped."""
+        self._resumed = self._compare_drops = self._apart = False
         self._repeats = self._filled = False
         self._incomplete: list[tuple[int, int]] = []
 
     def run(self) -> None:
         while any(part.head is not None for part in self._parts):
             active = [part for part in self._parts if not isinstance(part.head, Resume | None)]
-            if active:
-                self._take(active)
-            else:
+            if not active:
+                self._apart = False
                 self._resume([part for part in self._parts if part.head is not None])
+                continue
+            try:
+                self._take(active[:1] if self._apart else active)
+            except _Disagreement as found:
+                # Ranks that disagreed recorded it, released nothing, and began again: each is counted alone.
+                if self._apart or not all(part.is_retried for part in active):
+                    _refuse(str(found), found.fix)
+                self._apart = self._resumed = True
         if self._repeats and self._filled:
             self._refuse_repeats()
         self._finish()
@@ -186,26 +207,28 @@ class _Merging:
 
     def _take(self, active: list[Part]) -> None:
         heads = [part.head for part in active]
-        if self._dropping_apart and any(isinstance(head, Drop) for head in heads):
+        if any(isinstance(head, Drop) for head in heads):
             active = [part for part in active if isinstance(part.head, Drop)]
-            self._drop([part.head.positions for part in active if isinstance(part.head, Drop)])
+            for part in active:
+                part.drop()
+            self._drop()
         elif all(isinstance(head, Step) for head in heads):
-            self._step([part.head for part in active if isinstance(part.head, Step)], active)
+            self._step([head for head in heads if isinstance(head, Step)], active)
         else:
             self._global([head for head in heads if head is not None])
         for part in active:
             part.advance()
 
-    @property
-    def _dropping_apart(self) -> bool:
-        """Whether a rank knows only for the instances it draws when their budget is spent."""
-        return self._phase is not None and self._phase.charging == "unamplified"
-
-    def _drop(self, dropped: list[NDArray[np.int64]]) -> None:
-        positions = np.unique(np.concatenate(dropped))
-        positions = positions[~self._out[positions]]
+    def _drop(self) -> None:
+        """Instances leave when every rank that goes on has dropped them; where a rank knows only of those it
+        draws when their budget is spent, when any rank has."""
+        apart = self._phase is not None and self._phase.charging == "unamplified"
+        dropped = [part.dropped for part in self._parts if part.head is not None]
+        leaving = (np.logical_or if apart else np.logical_and).reduce(dropped)
+        positions = np.flatnonzero(leaving & ~self._out)
         if positions.size:
             self._append(Drop(positions=positions))
+        self._compare_drops = not apart
 
     def _global(self, heads: list[Event]) -> None:
         if any(type(head) is not type(heads[0]) for head in heads):
@@ -215,8 +238,8 @@ class _Merging:
             self._contradiction(f"state a different {type(heads[0]).__name__}")
         self._append(heads[0])
 
-    def _contradiction(self, what: str) -> NoReturn:
-        _refuse(f"after step {self._writer.num_steps} of the run its ranks {what}")
+    def _contradiction(self, what: str, fix: str = _AS_WRITTEN) -> NoReturn:
+        raise _Disagreement(f"after step {self._writer.num_steps} of the run its ranks {what}", fix)
 
     def _append(self, event: Event) -> None:
         self._writer.append(event)
@@ -229,29 +252,61 @@ class _Merging:
         elif isinstance(event, Drop):
             self._out[event.positions] = True
 
-    def _resume(self, parts: list[Part]) -> None:
-        # A rank may have been killed before it could begin a session in which others did no step.
-        fewest = min(part.resumes_left for part in parts)
-        for part in parts:
-            part.skip_idle(fewest)
-        common = set.intersection(*(part.candidates() for part in parts))
-        if not common:
-            self._contradiction("continue from different moments")
-        self._append(Resume(at_step=max(common)))
-        for part in parts:
+    def _resume(self, waiting: list[Part]) -> None:
+        """Begin the next session, with the ranks that began it from one moment; ranks that began it from
+        others did not train with them, and follow."""
+        moments: set[int] = set()
+        group: list[Part] = []
+        start = self._next_start(waiting)
+        for part in waiting:
+            if part.starts[0] == start and (not group or moments & part.candidates()):
+                moments = moments & part.candidates() if group else part.candidates()
+                group.append(part)
+        self._append(Resume(at_step=min(moments)))
+        for part in group:
             part.begin_session(self._writer.num_steps)
+        self._resumed = True
+
+    def _next_start(self, waiting: list[Part]) -> Start:
+        """A session before which no rank has another one in common with those that wait for it."""
+        later = {start for part in waiting for start in part.starts[1:]}
+        ready = [part.starts[0] for part in waiting if part.starts[0] not in later]
+        if not ready:
+            _refuse("the ranks began the same sessions in another order", _AS_WRITTEN)
+        return ready[0]
+
+    def _state_again(self, active: list[Part]) -> None:
+        """After a Resume: what is in force for these ranks, where a session of others came between."""
+        phase, thresholds = active[0].phase, active[0].thresholds
+        if any(part.phase != phase for part in active):
+            self._contradiction("have a different Phase in force")
+        progress, self._resumed = self._writer.progress, False
+        if phase is None:
+            return
+        if progress.needs_phase or phase != self._phase:
+            self._append(phase)
+        if thresholds is None or phase.charging not in _ENFORCED:
+            return
+        if progress.needs_thresholds or thresholds.values.tobytes() != self._thresholds.tobytes():
+            self._append(thresholds)
 
     def _step(self, steps: list[Step], active: list[Part]) -> None:
+        if self._resumed:
+            self._state_again(active)
+        if self._compare_drops and any((part.dropped != active[0].dropped).any() for part in active):
+            self._contradiction("state a different Drop")
+        self._compare_drops = False
         absent = self._world_size - len(active)
-        if len(active) < len(self._parts):
-            self._mark_incomplete(self._writer.num_steps)
         phase = self._phase
         if phase is None:
             self._contradiction("have a step before any phase next")
         step = self._together(steps, phase)
+        if len(active) < len(self._parts):
+            self._mark_incomplete(self._writer.num_steps)
         if absent and (phase.charging == "unamplified" or phase.sampling != "poisson"):
             step = self._everybody(step, phase, absent)
         self._append(step)
+        self._resumed = self._apart
 
     def _mark_incomplete(self, step: int) -> None:
         if self._incomplete and self._incomplete[-1][1] == step:
@@ -268,7 +323,9 @@ class _Merging:
         if (positions[1:] > positions[:-1]).all():
             return Step(positions=positions, contributions=contributions)
         if phase.sampling == "poisson":
-            self._contradiction("drew the same instance in one Poisson step")
+            self._contradiction(
+                "drew the same instance in one Poisson step", "train again with the loaders of make_private"
+            )
         distinct, place, drawn = np.unique(positions, return_inverse=True, return_counts=True)
         # Clipping allows an instance one clip norm for each time that it was drawn.
         alone = drawn[place] == 1
@@ -278,7 +335,7 @@ class _Merging:
     def _everybody(self, step: Step, phase: Phase, absent: int) -> Step:
         """The step with everybody whom the ``absent`` ranks may have drawn, at the bound in force."""
         bounds = np.full(self._run.num_instances, phase.max_grad_norm)
-        if phase.charging in _ENFORCED and self._thresholds is not None:
+        if phase.charging in _ENFORCED:
             bounds = np.minimum(bounds, self._thresholds.astype(np.float64))
         bounds[self._out] = 0.0
         times = 1

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
+import numpy as np
+
 from per_instance_accountant.ledger.reader import Ledger
-from per_instance_accountant.ledger.records import Event, Phase, Resume, Step, Thresholds
+from per_instance_accountant.ledger.records import Drop, Event, Phase, Resume, Step, Thresholds
 from per_instance_accountant.ledger.walk import DIGEST_PREFIX, RunningDigest, Walk
+
+Start = tuple[str | None, int]
+"""A Resume: its session, and how often the part began this session before."""
 
 
 class Part:
@@ -17,12 +23,14 @@ class Part:
         self.own_steps = 0
         """Steps of this part before ``head``."""
         self.head: Event | None = None
-        self.resumes_left = ledger.num_resumes
-        """How many Resumes follow, ``head`` included."""
-        self._idle = False
-        """Whether ``head`` is a Resume whose session stated no more than what the next one, from the same
-        moment, stated again."""
-        self._skipped = 0
+        self.starts = _starts([session for session, _ in ledger.sessions])
+        """The Resumes that follow, ``head`` included."""
+        self._ends = [steps for _, steps in ledger.sessions]
+        self.phase: Phase | None = None
+        self.thresholds: Thresholds | None = None
+        """What this part stated last before ``head``."""
+        self.dropped = np.zeros(ledger.num_instances, dtype=np.bool_)
+        """Who left by a Drop of this part."""
         self._sessions = [(0, 0)]
         """Number of the first step of each session, in this part and in the merged ledger."""
         self._anchorable: list[tuple[int, int, int, bytes]] = []
@@ -37,26 +45,32 @@ class Part:
         own, merged = self._sessions[-1]
         return merged + self.own_steps - own
 
+    @property
+    def is_retried(self) -> bool:
+        """Whether at most one step follows before the part begins another session, so that nothing was
+        released after a disagreement at ``head``: ranks record a step and compare before they release it."""
+        return bool(self.starts) and self._ends[-len(self.starts)] - self.own_steps <= 1
+
     def advance(self) -> None:
         """Go on to the next fact."""
-        self.own_steps += isinstance(self.head, Step)
-        self.head, self._idle = next(self._facts, (None, False))
+        if isinstance(self.head, Step):
+            self.own_steps += 1
+        elif isinstance(self.head, Phase):
+            self.phase = self.head
+        elif isinstance(self.head, Thresholds):
+            self.thresholds = self.head
+        self.head = next(self._facts, None)
+
+    def drop(self) -> None:
+        """The instances of the Drop that is ``head`` take no further part on this rank."""
+        if isinstance(self.head, Drop):
+            self.dropped[self.head.positions] = True
 
     def begin_session(self, merged_steps: int) -> None:
         """The Resume that is ``head`` begins a session at that step of the merged ledger."""
-        self._sessions += [(self.own_steps, merged_steps)] * (1 + self._skipped)
-        self._skipped = 0
-        self.resumes_left -= 1
+        self._sessions.append((self.own_steps, merged_steps))
+        del self.starts[0]
         self.advance()
-
-    def skip_idle(self, resumes_left: int) -> None:
-        """Count idle sessions as begins of those after them, until so many Resumes are left."""
-        while self._idle and self.resumes_left > resumes_left:
-            self._skipped += 1
-            self.resumes_left -= 1
-            self.advance()
-            while not isinstance(self.head, Resume):
-                self.advance()
 
     def candidates(self) -> set[int]:
         """Merged counts that the ``at_step`` of the Resume that is ``head`` may mean.
@@ -77,27 +91,14 @@ class Part:
             rows.append((self.rank, sequence, own, merged + own - start, digest))
         return rows
 
-    def _read(self, ledger: Ledger) -> Iterator[tuple[Event, bool]]:
-        """All facts, and of each Resume whether its session is idle."""
-        held: list[Event] = []
+    def _read(self, ledger: Ledger) -> Iterator[Event]:
         session, last = 0, None
         for last, event in ledger.passing():
-            resumes = isinstance(event, Resume)
-            session += resumes
+            session += isinstance(event, Resume)
             if not isinstance(event, Step):
                 self._keep(last, session)
-            if event is None:
-                continue
-            if held and not resumes and _can_be_restated(event):
-                held.append(event)
-                continue
-            for fact in held:
-                yield fact, resumes and fact == event
-            held = [event] if resumes else []
-            if not resumes:
-                yield event, False
-        for fact in held:
-            yield fact, False
+            if event is not None:
+                yield event
         if last is not None:
             self._keep(last, session)
 
@@ -106,5 +107,10 @@ class Part:
         self._anchorable.append((session, walk.sequence, walk.progress.num_steps, bytes.fromhex(digest)))
 
 
-def _can_be_restated(event: Event) -> bool:
-    return isinstance(event, Phase) or (isinstance(event, Thresholds) and event.source != "forget")
+def _starts(sessions: list[str | None]) -> list[Start]:
+    before: Counter[str | None] = Counter()
+    starts = []
+    for session in sessions:
+        starts.append((session, before[session]))
+        before[session] += 1
+    return starts

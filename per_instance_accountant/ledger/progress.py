@@ -41,10 +41,12 @@ class Progress:
     PIA045 0
     """
 
-    def __init__(self, num_instances: int) -> None:
-        self.num_instances = num_instances
+    def __init__(self, num_instances: int, *, part: bool = False) -> None:
+        self.num_instances, self._part = num_instances, part
         self.num_steps = 0
-        self.num_public_steps = self.num_resumes = 0
+        self.num_public_steps = 0
+        self.sessions: list[tuple[str | None, int]] = []
+        """Of each Resume: what it says about its session, and how many steps were recorded before it."""
         self.phases: list[Phase] = []
         self.disclosures: list[Disclosure] = []
         self.abandoned: list[tuple[int, int]] = []
@@ -68,6 +70,16 @@ class Progress:
     def forgotten(self) -> NDArray[np.bool_]:
         """(N,) who a deletion request excluded, for good."""
         return np.zeros(self.num_instances, np.bool_) if self._forgotten is None else self._forgotten.copy()
+
+    @property
+    def needs_phase(self) -> bool:
+        """Whether the last phase was left behind by a resume, so that no step may follow it."""
+        return self._phase_stale
+
+    @property
+    def needs_thresholds(self) -> bool:
+        """The same for thresholds."""
+        return self._thresholds_stale
 
     def check(self, event: Event) -> None:
         """Raise LedgerError PIA045, UsageError PIA070 or PIA071 if ``event`` cannot be the next fact."""
@@ -159,9 +171,16 @@ class Progress:
                 f"a resume at step {event.at_step!r} of a ledger with {self.num_steps} steps",
                 "LedgerWriter.resume(path, anchor=anchor_of_the_checkpoint)",
             )
+        if self._part and event.session is None:
+            raise UsageError(
+                "PIA070",
+                "the part of one of several ranks is continued without a session",
+                "Nobody could say which sessions of the ranks belong together, if one of them is killed",
+                "start all ranks: LedgerWriter.resume(path, anchor, session=one new_run_id() sent to all)",
+            )
 
     def _apply_resume(self, event: Resume) -> None:
-        self.num_resumes += 1
+        self.sessions.append((event.session, self.num_steps))
         start = event.at_step
         # What was stated after the checkpoint was stated for the branch that is left behind.
         self._phase_stale |= self._phase_at >= start
@@ -240,6 +259,10 @@ class Progress:
             )
 
     def _apply_step(self, event: Step) -> None:
+        self.count_step()
+
+    def count_step(self) -> None:
+        """Move on by one step that passed ``check`` in an earlier pass."""
         self.num_steps += 1
         self.pending = True
 

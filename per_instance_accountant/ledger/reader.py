@@ -15,8 +15,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from per_instance_accountant.errors import GuaranteeError, PlanError, UsageError
 from per_instance_accountant.ledger.frames import damaged
-from per_instance_accountant.ledger.promises import read_all
+from per_instance_accountant.ledger.promises import WithPromises, promised_bytes, read_all
 from per_instance_accountant.ledger.records import Disclosure, Event, Phase, Run, is_hex
+from per_instance_accountant.ledger.sealing import Seal, walk_by_seal, write_seal
 from per_instance_accountant.ledger.storage import Source, directory_source
 from per_instance_accountant.ledger.walk import DIGEST_PREFIX, RunningDigest, Walk
 
@@ -91,12 +92,12 @@ class Ledger:
     (1, False, [2])
     """
 
-    def __init__(self, source: Source, walk: Walk) -> None:
+    def __init__(self, source: Source, walk: Walk, digest: str | None = None) -> None:
         """Not for callers: use :meth:`open` or ``LedgerWriter.ledger()``."""
         progress = walk.progress
         self.source, self._stored = source, walk.stored
         self._sequence, self._end, self._chain = walk.sequence, walk.end, walk.chain
-        self._digest: str | None = None
+        self._digest = digest
         self._index: tuple[NDArray[Any], NDArray[np.int64]] | None = None
         self._ids: NDArray[Any] | None = None
         self.num_steps: Final = progress.num_steps
@@ -112,8 +113,8 @@ class Ledger:
         """Statistics of the individual losses that were published and are charged to everybody."""
         self.num_public_steps: Final = progress.num_public_steps
         """Updates on public data, which cost nobody anything and are no steps."""
-        self.num_resumes: Final = progress.num_resumes
-        """How often the run was continued from a checkpoint."""
+        self.sessions: Final = tuple(progress.sessions)
+        """Of each Resume: its session, which the ranks of a run have in common, and the steps before it."""
         self.merge: Final = walk.merge
         """How this ledger was merged from the parts of several ranks; None if it was not."""
         self.confirmed: Final = not progress.pending
@@ -129,6 +130,34 @@ class Ledger:
         if isinstance(path, Ledger):
             return path
         return cls(*read_all(directory_source(Path(path))))
+
+    @classmethod
+    def open_sealed(cls, path: str | os.PathLike[str]) -> Ledger:
+        """Open a large ledger by its seal: compare all bytes with what was sealed, and verify what was
+        appended since. Without a seal it is verified as by :meth:`open`.
+
+        ``events()`` verifies every frame in any case, so that whatever is computed from facts rests on the
+        same checks. Raises as :meth:`open`, and LedgerError PIA042 for a log that is shorter than its seal or
+        differs from it, or for a damaged seal.
+        """
+        source = directory_source(Path(path))
+        if promised_bytes(source):
+            # They count, and no seal knows them.
+            return cls.open(path)
+        return cls(source, *walk_by_seal(source))
+
+    def seal(self) -> None:
+        """Keep what this opening verified beside the log, for :meth:`open_sealed`. Raises LedgerError PIA041,
+        UsageError PIA071 for a ledger in memory or with steps that are still promised."""
+        if isinstance(self.source, WithPromises):
+            raise UsageError(
+                "PIA071",
+                "steps of this ledger are promised and not yet in its log",
+                "They count, but a seal holds for the log alone; nothing was written",
+                "LedgerWriter.resume(path).close(), then Ledger.open(path).seal()",
+            )
+        digest = bytes.fromhex(self.digest.removeprefix(DIGEST_PREFIX))
+        write_seal(self.source, Seal(self._sequence, self._end, digest, self._chain))
 
     def __repr__(self) -> str:
         return f"<Ledger: {self.num_steps} steps, {self.num_instances} instances>"

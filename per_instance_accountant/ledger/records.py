@@ -177,13 +177,17 @@ class Disclosure:
     """A statistic of individual values was published by an ``epsilon``-differentially private mechanism.
     Recorded BEFORE its noise is drawn, and charged to every instance.
 
-    kind: ``"histogram"`` or ``"quantiles"``. epsilon: whatever becomes of one instance's row.
+    kind: ``"histogram"`` or ``"quantiles"``. epsilon: whatever becomes of one instance's row. identity: 32
+    random hex digits of this one statistic, so that no other copy of the ledger can hold the same record.
     """
 
     kind: str
     epsilon: float
+    identity: str | None = None
 
     def __post_init__(self) -> None:
+        known = self.identity is None or is_hex(self.identity, 32)
+        _require(known, "identity", "another text", "32 lower case hex digits")
         _require(self.kind in DISCLOSED, "kind", self.kind, str(DISCLOSED))
         sound = type(self.epsilon) is float and 0 < self.epsilon < math.inf
         _require(sound, "epsilon", self.epsilon, "(0, inf)")
@@ -225,9 +229,18 @@ class Drop:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resume:
     """A writer continued from a checkpoint taken after ``at_step`` steps (``at_step`` below the steps
-    recorded so far means that the later ones were abandoned; they stay charged)."""
+    recorded so far means that the later ones were abandoned; they stay charged).
+
+    session: in a part, what the ranks that were started together have in common and no earlier start had:
+    32 hex digits, ``new_run_id()`` of one of them sent to all. None for a run on one process.
+    """
 
     at_step: int
+    session: str | None = None
+
+    def __post_init__(self) -> None:
+        sound = self.session is None or is_hex(self.session, 32)
+        _require(sound, "session", "another text", "32 lower case hex digits")
 
 
 Event = Phase | Thresholds | Step | PublicStep | Disclosure | Resume | Filter | Drop

@@ -22,6 +22,9 @@ from per_instance_accountant.ledger.frames import ReadAt
 
 LOG_NAME: Final = "events.log"
 KEY_NAME: Final = "key"
+SEAL_NAME: Final = "seal"
+AUDIT_NAME: Final = "audit"
+"""The last two can be made again from the first two."""
 KEY_SIZE: Final = 32
 _COMMON: Final = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _sync_file = getattr(os, "fdatasync", os.fsync)
@@ -107,14 +110,52 @@ def directory_source(path: Path) -> DirectorySource:
         raise unreadable(error) from None
 
 
-def unreadable(error: OSError) -> LedgerError:
+def unreadable(error: OSError, name: str = f"{LOG_NAME} or {KEY_NAME}") -> LedgerError:
     """LedgerError PIA041 for a file that the system does not hand out."""
     return LedgerError(
         "PIA041",
-        f"{LOG_NAME} or {KEY_NAME} cannot be used ({error.strerror or error})",
+        f"{name} cannot be used ({error.strerror or error})",
         "Nothing was read or recorded",
         'Ledger.open("runs/a"), an owned directory that is no symbolic link',
     )
+
+
+def read_beside(path: Path, name: str, limit: int) -> bytes:
+    """At most ``limit`` bytes of a file beside the log. Raises OSError."""
+    descriptor = _open_file(path, name, os.O_RDONLY)
+    with os.fdopen(descriptor, "rb") as file:
+        return file.read(limit)
+
+
+def write_beside(path: Path, name: str, content: bytes) -> None:
+    """Write a file beside the log, owner-only, complete or not at all. Raises LedgerError PIA041."""
+    draft = path / f".{name}.{secrets.token_hex(8)}"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _COMMON
+    try:
+        with os.fdopen(os.open(draft, flags, 0o600), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path / name)
+        sync_directory(path)
+    except OSError as error:
+        raise unreadable(error, name) from None
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def sync_log(source: Source) -> None:
+    """Force what others appended to the device. Raises LedgerError PIA041."""
+    if source.path is None:
+        return
+    try:
+        descriptor = _open_file(source.path, LOG_NAME, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise unreadable(error) from None
 
 
 def _read_key(path: Path) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from hashlib import sha256
 from typing import Final, final
 
@@ -28,6 +28,7 @@ class Walk:
     def __init__(self, key: bytes, read_at: ReadAt, size: int) -> None:
         self.sequence, self.end, self.chain = -1, 0, frames.GENESIS
         self.merge: Merge | None = None
+        self._key, self._read_at, self._size = key, read_at, size
         self._frames = read_frames(read_at, size, key, self._limit)
 
     def _limit(self, kind: int) -> int:
@@ -35,22 +36,37 @@ class Walk:
             return MAX_RUN if kind == frames.RUN else -1
         return payload_limit(kind, self.progress.num_instances)
 
+    def skip(self, known: Iterable[Frame], sequence: int, end: int, chain: bytes) -> None:
+        """Pass over frames that were verified before, of steps without looking into them, and go on behind
+        them, at the end of frame ``sequence``."""
+        for frame in known:
+            if frame.kind == frames.STEP:
+                self.progress.count_step()
+            else:
+                self._take_or_refuse(frame)
+        self.sequence, self.end, self.chain = sequence, end, chain
+        start = (end, sequence + 1, chain)
+        self._frames = read_frames(self._read_at, self._size, self._key, self._limit, start)
+
     def events(self) -> Iterator[Event | None]:
         """Every event in order; None for Run, marks and a merge. Raises LedgerError PIA042, PIA043."""
         for frame in self._frames:
-            try:
-                event = self._take(frame)
-            # Whatever a parser or a record raises: these bytes are no facts, and the text may hold ids.
-            except Exception as error:
-                reason = getattr(error, "code", type(error).__name__)
-                damaged(frame.sequence, frame.offset, f"its payload is refused ({reason})")
+            event = self._take_or_refuse(frame)
             self.sequence, self.end, self.chain = frame.sequence, frame.end, frame.chain
             yield event
+
+    def _take_or_refuse(self, frame: Frame) -> Event | None:
+        try:
+            return self._take(frame)
+        # Whatever a parser or a record raises: these bytes are no facts, and the text may hold ids.
+        except Exception as error:
+            reason = getattr(error, "code", type(error).__name__)
+            damaged(frame.sequence, frame.offset, f"its payload is refused ({reason})")
 
     def _take(self, frame: Frame) -> Event | None:
         if frame.kind == frames.RUN:
             self.stored = decode_run(frame.payload)
-            self.progress = Progress(self.stored.run.num_instances)
+            self.progress = Progress(self.stored.run.num_instances, part=self.stored.run.world_size > 1)
             return None
         if frame.kind == frames.MARK:
             self.progress.apply_mark()

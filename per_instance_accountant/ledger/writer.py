@@ -114,7 +114,7 @@ class LedgerWriter:
     def _begin(cls, log: Log, source: Source, payload: bytes, fsync: Fsync) -> LedgerWriter:
         walk = Walk(source.key, lambda count, offset: b"", 0)
         walk.stored = decode_run(payload)
-        walk.progress = Progress(walk.stored.run.num_instances)
+        walk.progress = Progress(walk.stored.run.num_instances, part=walk.stored.run.world_size > 1)
         writer = cls(log, source, walk, fsync)
         writer._record(frames.RUN, payload, None)
         log.sync()
@@ -122,19 +122,27 @@ class LedgerWriter:
 
     @classmethod
     def resume(
-        cls, path: str | os.PathLike[str], anchor: Anchor | None = None, *, fsync: Fsync = "close"
+        cls,
+        path: str | os.PathLike[str],
+        anchor: Anchor | None = None,
+        *,
+        session: str | None = None,
+        fsync: Fsync = "close",
     ) -> LedgerWriter:
         """Continue a ledger from the model checkpoint that ``anchor`` was saved with.
 
         Steps that were promised and never measured stay charged as promised. A ledger that is ahead of the
         anchor gets ``Resume(at_step=anchor.steps)``: the later steps stay
         charged, and a Phase or Thresholds stated since the anchor must be stated again. Without an anchor the
-        writer goes on where the ledger ends. An unfinished last frame is cut off. A part of a run on several
-        ranks always gets a Resume, so that the sessions of all ranks can be told apart; a merged ledger takes
-        the anchors of its parts as well as its own.
+        writer goes on where the ledger ends. An unfinished last frame is cut off. A merged ledger takes the
+        anchors of its parts as well as its own.
+
+        session: for the part of a rank, one ``new_run_id()`` for all ranks that are started together, another
+        one at each start. A part always gets a Resume that names it, so that sessions are put side by side as
+        they ran, whichever ranks were killed before or after they began one.
 
         Raises LedgerError PIA040 (anchor newer than the ledger, or of another run), PIA041, PIA042, PIA043,
-        PIA044.
+        PIA044; UsageError PIA070 for a part without a session.
         """
         check_fsync(fsync)
         directory = Path(path)
@@ -151,7 +159,7 @@ class LedgerWriter:
             writer = cls(log, source, walk, fsync)
             writer._take_over(promises)
             if (at_step := _step_to_resume(ledger, walk, anchor)) is not None:
-                writer.append(Resume(at_step=at_step))
+                writer.append(Resume(at_step=at_step, session=session))
             return writer
         except BaseException:
             log.close()
@@ -161,6 +169,11 @@ class LedgerWriter:
     def num_steps(self) -> int:
         """Steps recorded so far, each of which is charged."""
         return self._walk.progress.num_steps
+
+    @property
+    def progress(self) -> Progress:
+        """Not for callers: what the facts so far allow next."""
+        return self._walk.progress
 
     @property
     def run(self) -> Run:

@@ -259,7 +259,7 @@ class Recorder:
             )
         self.close()
         self._writer = None
-        self._open(LedgerWriter.resume(self._path, anchor))
+        self._open(LedgerWriter.resume(self._path, anchor, session=self.run.run_id))
 
     def close(self) -> None:
         """Flush and end the ledger; later steps raise LedgerError PIA044."""

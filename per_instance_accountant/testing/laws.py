@@ -188,6 +188,7 @@ def require(holds: bool, what: str) -> None:
 
 def number(value: Any, name: str) -> float:
     """``value`` as a number in [0, inf]; NaN, negative and non-numeric values break the law."""
+    require(hasattr(value, "__float__"), f"{name} is a {type(value).__name__}, no number")
     result = float(value)
     require(result == result, f"{name} is NaN")
     require(result >= 0, f"{name} is {result!r}, below 0")

@@ -19,7 +19,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from numpy.typing import NDArray
 
 from per_instance_accountant.accounting import account
-from per_instance_accountant.errors import LedgerError
 from per_instance_accountant.ledger import (
     Ledger,
     LedgerWriter,
@@ -56,14 +55,12 @@ class Store(Protocol):
     def crash(self, writer: Any) -> None:
         """End without any farewell, as a killed process does."""
 
-    def resume(self, path: Path, checkpoint: Any) -> Any:
-        """A writer that goes on from the checkpoint; raises if the ledger is behind it."""
+    def resume(self, path: Path, checkpoint: Any, session: str) -> Any:
+        """A writer that goes on from the checkpoint; raises if the ledger is behind it. session: a text that
+        all ranks that start together are given, and no start before."""
 
-    def spent(self, paths: Sequence[Path]) -> tuple[int, Floats] | None:
-        """Steps of the run, and (N,) squared contributions added up, from the files of all ranks.
-
-        None: it refuses to say, as it may after a resume that some ranks began twice and others once.
-        """
+    def spent(self, paths: Sequence[Path]) -> tuple[int, Floats]:
+        """Steps of the run, and (N,) squared contributions added up, from the files of all ranks."""
 
 
 class PackageStore:
@@ -102,20 +99,15 @@ class PackageStore:
         """Give the lock free without a flush, which is what the system does for a killed process."""
         writer._end()
 
-    def resume(self, path: Path, checkpoint: Any) -> LedgerWriter:
+    def resume(self, path: Path, checkpoint: Any, session: str) -> LedgerWriter:
         """The mechanism is stated again, as the engine does."""
-        writer = LedgerWriter.resume(path, checkpoint)
+        writer = LedgerWriter.resume(path, checkpoint, session=session)
         writer.append(self._phase())
         return writer
 
-    def spent(self, paths: Sequence[Path]) -> tuple[int, Floats] | None:
+    def spent(self, paths: Sequence[Path]) -> tuple[int, Floats]:
         """The divergence at order 2, which is that sum, of the merged parts."""
-        try:
-            ledger = merge_parts(paths, None) if len(paths) > 1 else Ledger.open(paths[0])
-        except LedgerError as error:
-            if error.code != "PIA115":
-                raise
-            return None
+        ledger = merge_parts(paths, None) if len(paths) > 1 else Ledger.open(paths[0])
         return ledger.num_steps, account(ledger, orders=[2.0]).rdp[:, 0]
 
 
@@ -130,8 +122,8 @@ class _Machine(RuleBasedStateMachine):
         self.paths = [Path(self.folder.name) / f"rank{rank}" for rank in range(ranks)]
         self.writers = self.store.create(self.paths, _SIZE)
         self.steps, self.spent = 0, np.zeros(_SIZE)
-        self.partial = self.uneven = 0
-        """Steps that some ranks recorded only, and resumes that some ranks began twice."""
+        self.partial = 0
+        """Steps that some ranks recorded only."""
         self.saved: list[tuple[int, list[Any]]] = []
 
     def _record(self, rank: int, sizes: list[int]) -> None:
@@ -164,14 +156,14 @@ class _Machine(RuleBasedStateMachine):
         self.partial += 0 < len(ahead) < len(ranks)
         self.steps += bool(ahead)
         again = [rank for rank in ranks if began >> rank & 1]
-        self.uneven += 0 < len(again) < len(ranks)
         _, checkpoints = self.saved[choice % len(self.saved)]
         for writer in self.writers:
             self.store.crash(writer)
+        first, second = new_run_id(), new_run_id()
         for rank in again:
-            self.store.crash(self.store.resume(self.paths[rank], checkpoints[rank]))
+            self.store.crash(self.store.resume(self.paths[rank], checkpoints[rank], first))
         self.writers = [
-            self.store.resume(path, checkpoint)
+            self.store.resume(path, checkpoint, second)
             for path, checkpoint in zip(self.paths, checkpoints, strict=True)
         ]
 
@@ -187,7 +179,7 @@ class _Machine(RuleBasedStateMachine):
         self.steps += 1
         newer = self.store.checkpoint(self.writers[0])
         try:
-            self.store.resume(place, newer)
+            self.store.resume(place, newer, new_run_id())
         except Exception:
             refused = True
         else:
@@ -199,17 +191,10 @@ class _Machine(RuleBasedStateMachine):
     def nothing_is_lost(self) -> None:
         if not hasattr(self, "paths"):
             return
-        found = self.store.spent(self.paths)
-        if found is None:
-            require(self.uneven > 0, "a history is refused whose ranks began every session together")
-            return
-        steps, spent = found
-        # A step that only some ranks recorded was not released; after uneven resumes two may count as one.
-        least = self.steps - (self.partial if self.uneven else 0)
-        require(steps >= least, f"{steps} steps are known of {least}")
+        steps, spent = self.store.spent(self.paths)
         require(bool((spent * _SLACK >= self.spent).all()), "less is charged than was spent")
-        if not self.partial + self.uneven:
-            require(steps == self.steps, f"{steps} steps are known of {self.steps}")
+        require(steps == self.steps, f"{steps} steps are known of {self.steps}")
+        if not self.partial:
             require(bool((spent <= self.spent * _SLACK).all()), "more is charged than was spent")
 
     def teardown(self) -> None:

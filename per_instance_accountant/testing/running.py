@@ -9,11 +9,12 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Final
@@ -179,12 +180,14 @@ def watch_checks(
     examples: int | None = None,
     seconds: float = CALL_SECONDS,
     law_seconds: float = LAW_SECONDS,
+    follow: Callable[[Verdict], None] = lambda verdict: None,
 ) -> Report:
     """Ask the laws of ``module:accountant`` in another process, which is killed where it hangs.
 
-    law_seconds: wall-clock time of one law, after which it counts as broken at the input it was tried
-    at, and the next law is asked in a new process, but none after ``GIVE_UP`` such laws; memory of that
-    process is limited to 8 GiB. Raises UsageError PIA070 or PIA071 if the reference names no accountant.
+    follow: called with each verdict as it comes. law_seconds: wall-clock time of one law, after which it
+    counts as broken at the input it was tried at, and the next law is asked in a new process, but none after
+    ``GIVE_UP`` such laws. Memory of that process is limited to 8 GiB. Raises UsageError PIA070 or PIA071 if
+    the reference names no accountant.
     """
     left = [check.law.name for check in named(laws)]
     verdicts: list[Verdict] = []
@@ -199,9 +202,11 @@ def watch_checks(
             else:
                 verdicts.append(Verdict(**line))
                 left.remove(verdicts[-1].law)
+                follow(verdicts[-1])
         if left:
             verdicts.append(child.end(left.pop(0), law_seconds))
             stopped += child.timed_out
+            follow(verdicts[-1])
         if stopped == GIVE_UP:
             verdicts += [Verdict(law=law, status="not applicable", what=_NOT_ASKED) for law in left]
             break
@@ -250,7 +255,11 @@ class _Child:
         count, _, smallest = self.place.read().partition("\n")
         what = f"a call did not return; stopped after {law_seconds:g} s"
         if not self.timed_out:
-            what = f"the process ended with code {self.process.returncode}"
+            code = self.process.returncode
+            how = f"ended with code {code}"
+            if code < 0:
+                how = f"was killed by signal {-code} ({signal.strsignal(-code)})"
+            what = f"the process {how} before it answered"
         return Verdict(
             law=law,
             status="broken",

@@ -143,7 +143,7 @@ class _Probe:
         except Broken as broken:
             return str(broken)
         except Exception as error:
-            return f"raised {type(error).__name__}: {str(error)[:120]}"
+            return f"raised {type(error).__name__}: {str(error)[:120]}".rstrip(": ")
         return None
 
 

@@ -50,6 +50,13 @@ def result() -> BudgetAudit:
     return audit(run(), delta=1e-5)
 
 
+@pytest.mark.parametrize("tight", [True, False])
+def test_a_run_without_steps_has_cost_nobody_anything(tight: bool) -> None:
+    writer = LedgerWriter.create(None, Run(num_instances=3))
+    nothing = audit(writer.ledger(), tight=tight)
+    assert nothing.epsilon.tolist() == [0, 0, 0] and nothing.worst_case == nothing.worst_case_tight == 0
+
+
 def test_epsilons_are_those_of_the_account(result: BudgetAudit) -> None:
     np.testing.assert_array_equal(audit(run(), tight=False).epsilon, account(run()).epsilon(1e-5))
     np.testing.assert_array_equal(result.epsilon, account(run()).tight_epsilon(1e-5))

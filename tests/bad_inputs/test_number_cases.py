@@ -114,7 +114,7 @@ def no_noise_has_no_bound() -> None:
 
 
 def full_batch_is_the_gaussian() -> None:
-    assert rdp(rate=1.0, ratios=0.5, orders=8.0)[0, 0] == 1.0
+    assert 1.0 <= rdp(rate=1.0, ratios=0.5, orders=8.0)[0, 0] <= 1 + 2e-15
     assert rdp(rate=0.0, ratios=0.5).tolist() == [[0.0]]
 
 

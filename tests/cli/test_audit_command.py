@@ -117,3 +117,13 @@ def test_an_estimate_below_the_budget_fails(pia: Pia, ledger: Path) -> None:
     if result.epsilon.max() < result.worst_case:
         assert pia("audit", ledger, "--charging", "last-seen", "--budget", budget).code == 1
     assert pia("audit", ledger, "--charging", "last-seen", "--budget", result.worst_case).code == 0
+
+
+def test_numbers_are_kept_and_shown_again(pia: Pia, ledger: Path) -> None:
+    options = ("--top", "3", "--by", "label", "--format", "json")
+    made = pia("audit", ledger, "--keep", *options)
+    again = pia("audit", ledger, "--kept", *options)
+    assert made.code == again.code == 0 and made.out == again.out
+    for other in (("--delta", "1e-6"), ("--charging", "last-seen")):
+        done = pia("audit", ledger, "--kept", *other)
+        assert done.code == 2 and "PIA070" in done.err

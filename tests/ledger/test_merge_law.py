@@ -31,6 +31,8 @@ from per_instance_accountant.ledger import (
     merge_parts,
     merging,
     new_run_id,
+    parts,
+    storage,
 )
 
 N = 12
@@ -108,8 +110,9 @@ def split(events: Sequence[Event], owner: Callable[[int, int], int], world: int)
     number = 0
     for event in events:
         if not isinstance(event, Step):
+            fact = replace(event, session=new_run_id()) if isinstance(event, Resume) else event
             for part in parts:
-                part.append(event)
+                part.append(fact)
             continue
         ranks = np.array([owner(number, int(position)) for position in event.positions], np.int64)
         for rank, part in enumerate(parts):
@@ -193,6 +196,10 @@ def test_ids_groups_and_assumptions_survive_on_disk(tmp_path: Path) -> None:
     assert modes == {"0o600"} and (tmp_path / "runs" / "whole").stat().st_mode & 0o777 == 0o700
 
 
+def sessions(*names: str, at: int = 1) -> list[Event]:
+    return [Resume(at_step=at, session=name * 32) for name in names]
+
+
 def damaged_sets() -> dict[str, tuple[Callable[[SimpleNamespace], list[Ledger]], str, str]]:
     worst, other = make_phase("worst_case"), make_phase("worst_case", noise_std=9.0)
     two = [worst, step_of([0])]
@@ -212,12 +219,20 @@ def damaged_sets() -> dict[str, tuple[Callable[[SimpleNamespace], list[Ledger]],
             "after step 1",
         ),
         "one instance on two ranks": (lambda s: ranked([two, two]), "PIA115", "same instance"),
-        "other moments": (
+        "sessions in another order": (
+            lambda s: ranked([[*two, *sessions("a", "b")], [worst, step_of([1]), *sessions("b", "a")]]),
+            "PIA115",
+            "began the same sessions in another order",
+        ),
+        "another phase in force": (
             lambda s: ranked(
-                [[*two, Resume(at_step=0), *two], [worst, step_of([1]), Resume(at_step=1), *two]]
+                [
+                    [*two, *sessions("a"), other, step_of([0]), *sessions("b", at=2), step_of([0])],
+                    [worst, step_of([1]), *sessions("a", "c", "b"), step_of([1])],
+                ]
             ),
             "PIA115",
-            "continue from different moments",
+            "have a different Phase in force",
         ),
     }
 
@@ -353,18 +368,19 @@ def test_sessions_of_ranks_that_stopped_at_different_steps_are_aligned(tmp_path:
             for _ in range(2 - rank):
                 writer.append(step_of([2 + rank]))
     for _ in range(2):
-        # The second start finds a session in which nobody went on, on rank 0 only.
-        LedgerWriter.resume(paths[0], anchors[0]).close()
+        # Two starts in which nobody went on, on rank 0 only.
+        LedgerWriter.resume(paths[0], anchors[0], session=new_run_id()).close()
     later = []
+    third, fourth = new_run_id(), new_run_id()
     for rank, path in enumerate(paths):
-        with LedgerWriter.resume(path, anchors[rank]) as writer:
+        with LedgerWriter.resume(path, anchors[rank], session=third) as writer:
             writer.append(phase)
             writer.append(step_of([4 + rank]))
             later.append(writer.anchor)
             writer.append(step_of([6 + rank]))
     assert [anchor.steps for anchor in later] == [4, 3]
     for rank, path in enumerate(paths):
-        with LedgerWriter.resume(path, later[rank]) as writer:
+        with LedgerWriter.resume(path, later[rank], session=fourth) as writer:
             writer.append(phase)
             writer.append(step_of([8 + rank]))
     merged = merge_parts(reversed(paths), tmp_path / "merged")
@@ -376,6 +392,148 @@ def test_sessions_of_ranks_that_stopped_at_different_steps_are_aligned(tmp_path:
     for anchor in (*anchors, *later):
         assert merged.holds(anchor)
     assert [merged.steps_of_part(anchor) for anchor in (*anchors, *later)] == [1, 1, 4, 4]
+
+
+class Ranks:
+    """Ranks in lock step that are killed at any moment and start again together, and one ledger of what any
+    of them recorded. A step is recorded by a rank when all have recorded the step before it."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.chance = chance = np.random.default_rng(seed)
+        self.world = int(chance.integers(2, 4))
+        charging, sampling = chance.choice(["worst_case", "sweep", "unamplified"]), ["poisson", "shuffled"]
+        self.facts: list[Event] = [make_phase(str(charging), str(chance.choice(sampling)))]
+        self.filtered = bool(chance.integers(2)) and charging != "unamplified"
+        if charging == "sweep":
+            self.facts.append(Thresholds(values=np.full(N, 0.75, np.float32), source="sweep"))
+        run = Run(num_instances=N, run_id=new_run_id(), world_size=self.world)
+        self.paths = [folder / f"rank-{rank}" for rank in range(self.world)]
+        self.writers = [LedgerWriter.create(path, replace(run, rank=r)) for r, path in enumerate(self.paths)]
+        self.single = LedgerWriter.create(None, Run(num_instances=N))
+        self.saved: list[list[Any]] = [[] for _ in self.paths]
+        self.dropped: set[int] = set()
+        """Ranks that have dropped instance 0, which never contributes."""
+        budget = Filter(family="gaussian", orders=np.full(N, 2.0), budgets=np.full(N, 9.0))
+        for writer in (*self.writers, self.single):
+            for fact in [*([budget] if self.filtered else []), *self.facts]:
+                writer.append(fact)
+        self.save(list(range(self.world)))
+
+    def save(self, ranks: list[int]) -> None:
+        for rank in ranks:
+            self.saved[rank].append(self.writers[rank].anchor)
+
+    def start_again(self, last: bool) -> list[int]:
+        """Ranks that came so far that they take steps; the others were killed before."""
+        session, ready = new_run_id(), []
+        common = int(self.chance.integers(min(map(len, self.saved))))
+        for rank, path in enumerate(self.paths):
+            self.writers[rank]._end()
+            writes = 9 if last else int(self.chance.integers(5))
+            if not writes:
+                continue
+            # Some load another checkpoint than the rest, which is noticed at the first step.
+            other = int(self.chance.integers(len(self.saved[rank])))
+            place = common if last or self.chance.integers(4) else other
+            self.writers[rank] = LedgerWriter.resume(path, self.saved[rank][place], session=session)
+            for fact in self.facts[: writes - 1]:
+                self.writers[rank].append(fact)
+            if writes > len(self.facts):
+                ready.append(rank)
+        return ready
+
+    def train(self, ready: list[int], last: bool) -> None:
+        dropping = self.filtered and not self.chance.integers(3)
+        for _ in range(int(self.chance.integers(1, 4))):
+            if self.dropped or dropping:
+                self.drop(ready, last)
+            owner, drawn = self.chance.integers(self.world, size=N), self.chance.permutation(N)[:5]
+            going = [rank for rank in ready if last or self.chance.integers(5)]
+            taken = [i for i in drawn.tolist() if i]
+            for rank in going:
+                self.writers[rank].append(step_of([i for i in taken if owner[i] == rank], 0.75))
+            if going:
+                self.single.append(step_of([i for i in taken if owner[i] in going], 0.75))
+            if len(going) < self.world:
+                return
+            self.save([rank for rank in going if last or self.chance.integers(3)])
+
+    def drop(self, ready: list[int], last: bool) -> None:
+        """Every rank drops before its next step, unless it is killed between the two: no step that is
+        recorded after the first Drop holds the instance."""
+        for rank in [rank for rank in ready if rank not in self.dropped]:
+            if not self.dropped:
+                self.single.append(Drop(positions=np.array([0])))
+            self.writers[rank].append(Drop(positions=np.array([0])))
+            self.dropped.add(rank)
+            if not last and not self.chance.integers(4):
+                ready.remove(rank)
+
+
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A killed process loses nothing that was written, so the device need not be waited for."""
+    monkeypatch.setattr(storage, "_sync_file", lambda descriptor: None)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.mark.usefixtures("no_waiting")
+@pytest.mark.parametrize("seed", range(80))
+def test_ranks_that_were_killed_at_any_moment_are_merged(seed: int, tmp_path: Path) -> None:
+    ranks = Ranks(tmp_path, seed)
+    ranks.train(list(range(ranks.world)), last=False)
+    starts = int(ranks.chance.integers(1, 5))
+    for number in range(starts):
+        last = number == starts - 1
+        ranks.train(ranks.start_again(last), last)
+    merged, true = merge_parts(ranks.paths, None), ranks.single.ledger()
+    assert merged.num_steps >= true.num_steps
+    charged, least = account(merged, orders=ORDERS), account(true, orders=ORDERS)
+    assert (charged.rdp * (1 + 1e-12) >= least.rdp).all()
+    assert (charged.worst_case_rdp * (1 + 1e-12) >= least.worst_case_rdp).all()
+    assert all(merged.holds(anchor) for saved in ranks.saved for anchor in saved)
+
+
+def test_sessions_that_are_told_apart_by_their_number_only_fail_the_law(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    test_ranks_that_were_killed_at_any_moment_are_merged(43, tmp_path / "right")
+    monkeypatch.setattr(parts, "_starts", lambda sessions: [("", number) for number in range(len(sessions))])
+    with pytest.raises(LedgerError, match="same instance"):
+        test_ranks_that_were_killed_at_any_moment_are_merged(43, tmp_path / "wrong")
+
+
+@pytest.mark.parametrize("what", ["phase", "drop", "draw", "kind"])
+def test_ranks_that_disagreed_released_nothing_and_began_again_are_counted_apart(what: str) -> None:
+    start = [Filter(family="gaussian", orders=np.full(N, 2.0), budgets=np.full(N, 9.0))]
+    start.append(phase := make_phase("worst_case"))
+    other, drop = make_phase("worst_case", noise_std=0.5), Drop(positions=np.array([0]))
+    disagreed: dict[str, tuple[list[Event], list[Event]]] = {
+        "phase": ([step_of([1])], [other, step_of([2])]),
+        "drop": ([drop, step_of([1])], [step_of([2])]),
+        "draw": ([step_of([1, 2])], [step_of([2, 3])]),
+        "kind": ([PublicStep(), step_of([1])], [step_of([2])]),
+    }
+    missing = [drop if what == "drop" else PublicStep()] if what in ("drop", "kind") else []
+    ends = [step_of([4])], [step_of([5])]
+    parts = [[*start, step_of([6 + rank]), *disagreed[what][rank]] for rank in range(2)]
+    with pytest.raises(LedgerError, match="PIA115"):
+        merge_parts(ranked(parts), None)
+    again = [[*parts[rank], *sessions("a"), phase, *ends[rank]] for rank in range(2)]
+    if missing:
+        again[1].insert(-1, missing[0])
+    if what == "kind":
+        again[0].insert(-1, missing[0])
+    merged = merge_parts(ranked(again), None)
+    assert merged.num_steps == 4 and merged.merge is not None
+    assert merged.merge.incomplete == ((1, 3),) and merged.confirmed
+    recorded = [*start, step_of([]), step_of([1]), *([other] if what == "phase" else []), step_of([2])]
+    recorded += [*([phase] if what == "phase" else []), *([drop] if what == "drop" else []), step_of([])]
+    least = account(written(Run(num_instances=N), recorded), orders=ORDERS)
+    assert (account(merged, orders=ORDERS).rdp * (1 + 1e-12) >= least.rdp).all()
+    further = [[*parts[rank], step_of([3 + rank]), *sessions("a"), phase] for rank in range(2)]
+    with pytest.raises(LedgerError, match="PIA115"):
+        merge_parts(ranked(further), None)
 
 
 def test_a_merged_ledger_continues_from_the_checkpoint_of_a_rank(tmp_path: Path) -> None:

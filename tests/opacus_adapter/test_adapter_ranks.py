@@ -269,6 +269,9 @@ def test_all_ranks_continue_together_from_their_checkpoints(pair):
     ledger = merged(folder / "saved")
     assert ledger.num_steps == 7 + 7 + 7
     assert [e.at_step for e in ledger.events() if isinstance(e, Resume)] == [7]
+    sessions = {Ledger.open(folder / "saved" / "run" / f"rank-{rank}").sessions for rank in range(2)}
+    ((name, steps),) = sessions.pop()
+    assert not sessions and name is not None and steps == 7 + 7
     assert results[0]["continued"]["weights"] == results[1]["continued"]["weights"]
     assert results[0]["continued"]["weights"][0] == results[0]["saved"]["weights"][7]
 
@@ -279,8 +282,10 @@ def test_a_part_is_continued_by_as_many_ranks_as_before(pair):
     (folder / "saved" / "run" / "rank-1").rename(folder / "alone" / "run")
     (folder / "saved" / "model-1.pt").rename(folder / "alone" / "model-0.pt")
     engine, model, optimizer, *_ = private(0, folder / "alone", {"wrap": "none"}, network())
-    with pytest.raises(PiaError, match=r"PIA040.*part of rank 1 of 2, this process is rank 0 of 1"):
+    before = Ledger.open(folder / "alone" / "run").digest
+    with pytest.raises(PiaError, match=r"PIA070.*part of one of several ranks is continued without"):
         engine.load_checkpoint(path=folder / "alone" / "model-0.pt", module=model, optimizer=optimizer)
+    assert Ledger.open(folder / "alone" / "run").digest == before
 
 
 REFUSED = {

@@ -58,7 +58,28 @@ def test_an_accountant_that_always_hangs_is_given_up(tmp_path):
 def test_a_process_that_ends_is_a_failure(seeded_file):
     report = watch_checks(f"{seeded_file}:EndsTheProcess", laws=[*NAN, "steps_are_counted"])
     assert [v.status for v in report.verdicts] == ["broken", "held"]
-    assert report.verdicts[0].what == "the process ended with code 7"
+    assert report.verdicts[0].what == "the process ended with code 7 before it answered"
+
+
+def test_a_process_that_is_killed_says_by_what(tmp_path):
+    (tmp_path / "dying.py").write_text(
+        "import os, signal\nclass Dies:\n    def step(self, **_): os.kill(os.getpid(), signal.SIGSEGV)\n"
+        "    epsilon = step\n"
+    )
+    seen = []
+    report = watch_checks(f"{tmp_path / 'dying.py'}:Dies", laws=["steps_add_up"], follow=seen.append)
+    assert "killed by signal 11 (Segmentation fault)" in report.verdicts[0].what
+    assert tuple(seen) == report.verdicts
+
+
+@pytest.mark.parametrize(("answer", "kind"), [("3.2", "str"), (None, "NoneType"), ([1.0], "list")])
+def test_what_is_no_number_is_no_epsilon(answer, kind):
+    class Answers(RenyiAccountant):
+        def epsilon(self, delta):
+            return answer
+
+    report = run_checks(Answers, laws=["epsilon_is_a_number"], examples=2)
+    assert report.verdicts[0].what == f"epsilon is a {kind}, no number"
 
 
 def test_nothing_passes_that_did_not_run(seeded, seeded_file):
