@@ -37,7 +37,7 @@ _BLOCK: Final = 150_000
 _POWERS: Final = 22
 """``(pi / 2)^22 / 22! < 2e-17`` bounds what the series of an exponential leaves out."""
 _TRANSFORM: Final = 1200
-"""Units in the last place that a Fourier transform of up to 2^16 bins and the series may lose."""
+"""Units in the last place that a Fourier transform of up to 2^17 bins and the series may lose."""
 _LOG_SQRT_2PI: Final = 0.5 * math.log(2 * math.pi)
 
 

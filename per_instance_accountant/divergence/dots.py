@@ -31,6 +31,7 @@ _WIDEST_LOSS: Final = 0.005
 """Widths of fine cells, in z and, up to a loss of 30, in the loss."""
 _MOST: Final = 1 << 16
 _LARGEST_EXPONENT: Final = 690.0
+_FARTHEST: Final = 38.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -58,15 +59,20 @@ def place_of(loss: Floats | float, q: Floats | float, a: Floats | float) -> Floa
 def cells_below(loss: float, q: float, a: float) -> int:
     """Fine cells of the direction "remove" that end at or below ``loss``, up to whole coarse ones, at least
     one."""
-    return _whole(float(place_of(loss, q, a)), q, a)
+    return _whole(_place(loss, q, a), q, a)
 
 
 def representable(q: float, a: float, top: float) -> bool:
     """Whether losses up to ``top`` have dots: sampled, not too many of them, and nothing overflows."""
-    if not (q < 1 and top - math.log(q) < _LARGEST_EXPONENT - 2 * a):
+    z = _place(top, q, a) + 1
+    if not (q < 1 and a * z - a * a / 2 < _LARGEST_EXPONENT):
         return False
-    z = float(place_of(top, q, a))
     return _reached(z, a) <= _MOST and _whole(z, q, a) <= _MOST
+
+
+def _place(loss: float, q: float, a: float) -> float:
+    """Where a step loses ``loss``, or farther than N(a, 1) has any mass to speak of."""
+    return min(float(place_of(loss, q, a)), a + _FARTHEST)
 
 
 def _reached(z: float, a: float) -> int:
@@ -108,7 +114,7 @@ def _ends(z: float, q: float, a: float, cells: int) -> Floats:
 @lru_cache(maxsize=128)
 def removal(q: float, a: float, top: float, cells: int) -> Dots:
     """Dots of the mixture against N(0, 1) up to about ``top``; cells: fine ones in each."""
-    z = _ends(float(place_of(top, q, a)), q, a, cells)
+    z = _ends(_place(top, q, a), q, a, cells)
     exponent, plain, moved, doubt_plain, doubt_moved = _cell_masses(z, a)
     odds = np.exp(exponent[:-1])
     loss, slack, width = _losses(q, a, z, exponent)
@@ -131,7 +137,7 @@ def addition(q: float, a: float, cells: int) -> Dots:
     left = plain - odds * moved + doubt_plain + odds * doubt_moved
     left = left / -np.expm1(-a * np.diff(z)) * (1 + 64 * UNIT)
     masses = _shared(left, plain + doubt_plain)[:, ::-1].copy()
-    tail = float(ndtr(z[0])) * (1 + 64 * UNIT)
+    tail = float(ndtr(z[0])) * (1 + 64 * UNIT * (1 + z[0] ** 2))
     # Farther left no loss exceeds -log(1 - q); farther right losses are raised to the last one's.
     masses[0, 0] += tail
     losses = np.append((slack - loss)[::-1], -math.log1p(-q) * (1 + 8 * UNIT))
@@ -140,7 +146,7 @@ def addition(q: float, a: float, cells: int) -> Dots:
 
 def _mixed(q: float, z: float, a: float) -> float:
     """What the mixture has below z, rounded up."""
-    return float((1 - q) * ndtr(z) + q * ndtr(z - a)) * (1 + 64 * UNIT)
+    return float((1 - q) * ndtr(z) + q * ndtr(z - a)) * (1 + 64 * UNIT * (1 + z * z + (z - a) ** 2))
 
 
 def _shared(upper: Floats, total: Floats) -> Floats:
@@ -162,10 +168,11 @@ def _cell_masses(z: Floats, a: float) -> tuple[Floats, Floats, Floats, Floats, F
 
 
 def _normal(z: Floats) -> tuple[Floats, Floats]:
-    """N(0, 1) in each cell, and the larger tail of which it is the difference."""
+    """N(0, 1) in each cell, and the larger tail of which it is the difference, times what its relative error
+    grows by far out."""
     low, high = ndtr(z), ndtr(-z)
-    left = z[:-1] + z[1:] < 0
-    return np.where(left, np.diff(low), -np.diff(high)), np.where(left, low[1:], high[:-1])
+    left, growth = z[:-1] + z[1:] < 0, 1 + np.maximum(z[:-1] ** 2, z[1:] ** 2)
+    return np.where(left, np.diff(low), -np.diff(high)), np.where(left, low[1:], high[:-1]) * growth
 
 
 def _losses(q: float, a: float, z: Floats, exponent: Floats) -> tuple[Floats, Floats, Floats]:

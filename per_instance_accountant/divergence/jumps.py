@@ -37,11 +37,12 @@ _AT_ONCE: Final = 1 << 20
 _ATTEMPTS: Final = 6
 _LEAST: Final = -690.0
 """Smallest logarithm of delta that is aimed at."""
+_ALIAS: Final = math.log(1e-4)
 _NEAR: Final = 0.15
 """Lines are taken for good ones if they were chosen for an epsilon so near, relatively."""
 
-_Solved = tuple[Floats, Floats, Floats, Floats]
-"""(n,) each: certified value or inf, epsilon, log delta, by how much what was added raised epsilon."""
+_Solved = tuple[Floats, Floats, Floats, NDArray[np.bool_]]
+"""(n,) each: certified value or inf, epsilon, log delta, and whether what was added raised it too much."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +63,7 @@ class _Epsilon:
         epsilon = invert(total, 4 * at, floor, self.log_delta)[0]
         known = np.where(np.isfinite(epsilon), epsilon, 2 * at)
         _, slope, share = total.at(known)
-        return epsilon, known, goal, _raised(total, slope, share)
+        return epsilon, known, goal, ~(_raised(total, slope, share) <= enough(known))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +84,9 @@ class _Delta:
         log_value, slope, share = total.at(np.full(at.size, self.epsilon))
         value = np.exp(log_value + 1e-11)
         value = np.where(np.isfinite(value), np.maximum(value, np.nextafter(0.0, 1.0)), np.inf)
-        return value, at, np.clip(log_value, _LEAST, 0.0), _raised(total, slope, share)
+        raised = _raised(total, slope, share)
+        loose = ~(raised <= enough(at)) & ~(raised * -slope <= 1e-3)
+        return value, at, np.clip(log_value, _LEAST, 0.0), loose
 
 
 def _raised(total: Total, slope: Floats, share: Floats) -> Floats:
@@ -134,14 +137,15 @@ def _searched(counts: Floats, levels: Levels, floor: Floats, question: _Epsilon 
                     part = chosen[piece]
                     total = runs.total(piece, lines, at[part], goal[part])
                     found = question.solve(total, at[part], goal[part], floor[part])
-                    value, epsilon, log_delta, raised = found
+                    value, epsilon, log_delta, loose = found
                     result[part] = np.minimum(result[part], value)
                     near = np.abs(np.log(epsilon / at[part])) < _NEAR
                     near &= np.abs(log_delta - goal[part]) < 1
-                    loose = ~(raised <= enough(epsilon))
-                    settled[part] = np.isfinite(value) & (near & ~loose | (value <= floor[part]))
-                    finer[part] += 2 * (near & loose)
-                    at[part], goal[part] = epsilon, log_delta
+                    aliased = ~(total.log_alias(epsilon) <= log_delta + _ALIAS)
+                    settled[part] = near & ~loose & ~aliased | (value <= floor[part])
+                    settled[part] &= np.isfinite(value)
+                    finer[part] += 2 * (near & loose & ~aliased)
+                    at[part], goal[part] = np.where(aliased, 0.6, 1.0) * epsilon, log_delta
         rows = rows[~settled[rows] & (finer[rows] < 6)]
     return result, settled
 

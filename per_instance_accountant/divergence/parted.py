@@ -54,10 +54,20 @@ class Total:
     chernoffs: list[tuple[Floats, Floats]]
     mass: Floats
     blur: float
+    moments: list[Floats]
+    """(n, rungs) log moments of the measure of each tail."""
 
     def shift(self, slope: Floats) -> Floats:
         """By how much the Gaussian steps raise epsilon where log delta falls with ``slope`` < 0, (n,)."""
         return np.asarray(self.blur * np.maximum(1 - slope, 0.0) / 2)
+
+    def log_alias(self, epsilon: Floats) -> Floats:
+        """Upper bound of the logarithm of what the trapezoidal rule counts a period farther right, (n,)."""
+        each = [np.full_like(epsilon, -np.inf)]
+        for tail, logs in zip(self.tails, self.moments, strict=True):
+            far = logs - (epsilon + tail.period)[:, None] * RUNGS + RUNG_COSTS
+            each.append(_least(far) + tail.abscissa * tail.period)
+        return np.asarray(np.max(each, axis=0))
 
     def at(self, epsilon: Floats) -> tuple[Floats, Floats, Floats]:
         """As a :class:`Tail`: log delta, its slope in epsilon, and the share of delta that was added."""
@@ -77,16 +87,18 @@ class Runs:
     """Runs with the same cuts: up to a loss of ``low`` the rest, beyond ``top`` an infinite loss."""
 
     def __init__(self, counts: Floats, levels: Levels, low: float, top: float, *, add: bool) -> None:
-        used = np.flatnonzero((counts > 0).any(axis=0))
-        self.counts = counts[:, used]
-        pairs = [(float(q), float(a)) for q, a in zip(levels[0][used], levels[1][used], strict=True)]
+        pairs = [(float(q), float(a)) for q, a in zip(*levels, strict=True)]
+        known = np.array([add or representable(q, a, top) for q, a in pairs])
+        self.lost = np.asarray((counts[:, ~known] > 0).any(axis=1))
+        """(n,) runs with a level that has no dots."""
+        used = np.flatnonzero((counts > 0).any(axis=0) & known)
+        self.counts, pairs = counts[:, used], [pairs[j] for j in used]
         self.parts = [
             [Part(rate=q, ratio=a, low=low, top=top, add=add, jumps=jumps) for q, a in pairs]
             for jumps in (False, True)
         ]
         self.logs = [np.full((len(counts), RUNGS.size), np.inf)] * 2
-        self.known = add or all(representable(q, a, top) for q, a in pairs)
-        if self.known:
+        if pairs:
             rest, jump = (np.stack([log_moments(part) for part in parts]) for parts in self.parts)
             moments = self.counts @ rest
             once = np.log(np.expm1(self.counts @ np.logaddexp(0.0, jump - rest)))
@@ -109,8 +121,9 @@ class Runs:
     def total(self, rows: NDArray[np.intp], lines: Floats, at: Floats, goal: Floats) -> Total:
         """The bound for some of the runs, on lines that are the same for all."""
         counts, tails, chernoffs, largest = self.counts[rows], [], [], 0.0
-        if not self.known:
-            return Total(tails=[], chernoffs=[], mass=np.full(rows.size, np.inf), blur=0.0)
+        moments: list[Floats] = []
+        if not self.parts[0]:
+            return Total(tails=[], chernoffs=[], mass=np.full(rows.size, np.inf), blur=0.0, moments=[])
         for jumps, (rung, nodes, turns) in enumerate(lines.reshape(2, 3)):
             logs, c = self.logs[jumps][rows, int(rung)], float(RUNGS[int(rung)])
             if nodes == 0:
@@ -123,9 +136,11 @@ class Runs:
             excess = float((logs - c * at - math.log(c) - goal).max())
             blur = float(_blur(spacing, float(nodes), excess))
             largest = max(largest, blur)
+            moments.append(self.logs[jumps][rows])
             tails.append(self._tail(counts, bool(jumps), (c, spacing, int(nodes), blur), float(at.max())))
         mass = counts @ np.array([beyond(part) for part in self.parts[0]]) * (1 + 1e-12)
-        return Total(tails=tails, chernoffs=chernoffs, mass=mass, blur=largest)
+        mass = np.where(self.lost[rows], np.inf, mass)
+        return Total(tails=tails, chernoffs=chernoffs, mass=mass, blur=largest, moments=moments)
 
     def _tail(
         self, counts: Floats, jumps: bool, line: tuple[float, float, int, float], largest: float
@@ -178,7 +193,7 @@ def _truncated(blur: float, spacing: float, count: int) -> float:
 
 def enough(epsilon: Floats) -> Floats:
     """By how much an epsilon may be raised and still be called tight."""
-    return np.asarray(np.minimum(_ENOUGH * (1 + epsilon / 50), 0.002 * epsilon))
+    return np.asarray(np.minimum(_ENOUGH * (1 + epsilon / 50), np.maximum(0.002 * epsilon, 1e-7)))
 
 
 def _line(logs: Floats, at: Floats, goal: Floats, finer: Places) -> list[Floats]:
@@ -195,6 +210,8 @@ def _line(logs: Floats, at: Floats, goal: Floats, finer: Places) -> list[Floats]
     # An alias on the left is at most the whole measure, itself at most its moment at the first rung.
     turns = np.maximum(np.minimum(logs[:, 0], 0.0) - goal, 0.0) - SMALL
     turns = 2.0 ** (np.ceil(4 * np.log2(turns)) / 4)
+    # A period much shorter than epsilon invites aliases as soon as epsilon is a little smaller.
+    rung = np.minimum(rung, np.maximum(np.searchsorted(RUNGS, 3 * turns / at) - 1, 0))
     for _ in range(8):
         period = turns / RUNGS[rung]
         far = _least(logs - (at + period)[:, None] * RUNGS + RUNG_COSTS) + turns

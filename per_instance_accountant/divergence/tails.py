@@ -210,7 +210,9 @@ def line_deltas(
     # Powers of 2, so that few tables are made.
     depth = 2.0 ** np.ceil(np.log2(5 - np.log(np.maximum(start, 1e-290))))
     search = _Search(counts, levels, depth, add=add)
-    chernoff = (search.moments - epsilon * _LADDER + _CHERNOFF).min(axis=1)
+    # What cancels is rounded relative to its own size.
+    room = 1e-13 * (search.moments + epsilon * _LADDER)
+    chernoff = (search.moments - epsilon * _LADDER + _CHERNOFF + room).min(axis=1)
     first = np.exp(np.minimum(chernoff + 1e-12 * np.abs(chernoff) + 1e-11, 0.0))
     rung = _saddle(search.moments, np.full(start.size, epsilon))
     return search.run(rung, np.maximum(first, np.nextafter(0.0, 1.0)), floor, solve)

@@ -49,7 +49,7 @@ _ORDERS: Final = np.array(DEFAULT_ORDERS)
 _CHUNK: Final = 4096
 _SMALLEST_RATE: Final = 1e-150
 _LARGEST_RATIO: Final = 60.0
-"""Above it only the conversion of the RDP is used."""
+"""Runs with a larger one keep the conversion of their RDP."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -65,7 +65,10 @@ class _Runs:
     @property
     def mu(self) -> Floats:
         """(n,) Gaussian-DP parameter without sampling, rounded up: an upper bound for every rate."""
-        return np.asarray(np.sqrt(self.counts @ (self.ratios**2)) * (1 + (self.ratios.size + 8) * UNIT))
+        top = self.ratios.max()
+        # Squares of tiny ratios would underflow.
+        scaled = np.sqrt(self.counts @ (self.ratios / top) ** 2) * (1 + (self.ratios.size + 8) * UNIT)
+        return np.asarray(np.nextafter(scaled * top, np.inf))
 
 
 def _checked(sample_rate: ArrayLike, ratios: ArrayLike, counts: ArrayLike) -> tuple[_Runs, bool]:
@@ -183,12 +186,13 @@ def _rdp_table(rates: bytes, ratios: bytes) -> Floats:
 
 def _improved(runs: _Runs, best: Floats, methods: tuple[_Method, _Method], epsilon: float | None) -> Floats:
     """The smaller of ``best`` and what the contours certify, (n,)."""
-    result = best.copy()
-    todo = np.flatnonzero((best > 0) & ~runs.infinite)
-    if todo.size and runs.ratios.max() <= _LARGEST_RATIO:
+    result, small = best.copy(), runs.ratios <= _LARGEST_RATIO
+    strange = runs.infinite | (runs.counts[:, ~small] > 0).any(axis=1)
+    todo, levels = np.flatnonzero((best > 0) & ~strange), (runs.rates[small], runs.ratios[small])
+    if todo.size:
         for part in np.array_split(todo, math.ceil(todo.size / _CHUNK)):
-            levels = runs.rates, runs.ratios
-            certified = _both_directions(runs.counts[part], levels, best[part], methods, epsilon)
+            counts = runs.counts[np.ix_(part, small)]
+            certified = _both_directions(counts, levels, best[part], methods, epsilon)
             result[part] = np.minimum(result[part], certified)
     return result
 

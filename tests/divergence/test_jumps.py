@@ -141,7 +141,7 @@ def without_the_mass_beyond(patch: pytest.MonkeyPatch) -> None:
 def without_jumps(patch: pytest.MonkeyPatch) -> None:
     def rest_only(self: parted.Runs, *given: Any, total: Any = parted.Runs.total) -> parted.Total:
         found = total(self, *given)
-        return replace(found, tails=found.tails[:-1])
+        return replace(found, tails=found.tails[:-1], moments=found.moments[:-1])
 
     patch.setattr(parted.Runs, "total", rest_only)
 
@@ -183,6 +183,33 @@ def test_transforms_equal_their_sums(jump: bool) -> None:
         assert line.jumps is not None
         jumped = exactly(part)
         assert (np.abs(ours * np.expm1(line.jumps[::21]) - jumped) <= 1e-11 * abs(jumped[0])).all()
+
+
+@pytest.mark.parametrize(
+    ("rate", "ratio", "count", "delta", "exact"),
+    [
+        # The first guess is far from epsilon, where other lines hold: by the whole law, or exact.
+        (1e-3, 24.58, 100, 1e-6, 1531.9),
+        (0.01, 0.3, 2, 1e-5, 0.0145001),
+        # So small a ratio that no step loses 1.
+        (1e-4, 0.0125, 2000, 1e-7, 1.4e-4),
+    ],
+)
+def test_no_bound_is_called_tight_for_a_line_that_does_not_fit(
+    rate: float, ratio: float, count: int, delta: float, exact: float
+) -> None:
+    ours = sampled_gaussian_epsilon(rate, [ratio], [count], delta)
+    assert 0.99 * exact <= ours <= exact * 1.02
+
+
+def test_other_runs_do_not_loosen_a_run() -> None:
+    """A level without tables, a ratio beyond all contours, other cuts: the business of who uses them."""
+    alone = sampled_gaussian_epsilon([1.07e-4, 1.77e-6], [0.18, 10.0], [[0, 1]], 1.5e-6)
+    beside = sampled_gaussian_epsilon([1.07e-4, 1.77e-6], [0.18, 10.0], [[1, 1], [0, 1]], 1.5e-6)
+    assert beside[1] == pytest.approx(alone[0], rel=1e-5) and 20 < alone[0] < 30
+    one = sampled_gaussian_epsilon(1e-3, [1.0], [100], 1e-5)
+    both = sampled_gaussian_epsilon(1e-3, [1.0, 61.0], [[100, 0], [0, 1]], 1e-5)
+    assert both[0] == pytest.approx(one, rel=1e-5)
 
 
 def test_many_levels_of_rare_sampling_are_tight() -> None:

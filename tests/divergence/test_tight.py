@@ -319,6 +319,12 @@ def test_tabulated_moments_equal_mpmath(add: bool) -> None:
             assert abs(ours - exact) <= line.error[0] + 1e-15
 
 
+def test_squares_of_tiny_ratios_do_not_vanish() -> None:
+    """delta at 0 is at least the total variation of one unsampled step times the rate."""
+    for ratio in (1e-170, 2.6e-162, 1e-150):
+        assert sampled_gaussian_delta(0.999, [ratio], [1], 0.0) >= 0.999 * ratio / math.sqrt(2 * math.pi)
+
+
 def test_rates_whose_inverse_overflows_are_raised() -> None:
     for rate in (5e-324, 1e-300, 1e-200):
         tiny = sampled_gaussian_epsilon(rate, [0.5], [[1000]], 5e-324)
