@@ -304,7 +304,7 @@ MUTANTS: Final[tuple[Mutant, ...]] = (
     _capture(
         "noise or clip norm changed inside a logical batch",
         "capture.py",
-        "if self._mechanism is not None and self._mechanism != self._mechanism_now():",
+        "if self._mechanism is not None and self._mechanism != self.optimizer.mechanism_now:",
         "if False:",
         "opacus_adapter/test_adapter_guards.py",
     ),
