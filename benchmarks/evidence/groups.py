@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from benchmarks import Figure
 from benchmarks.evidence.cases import Case
-from benchmarks.evidence.prediction import fifths, looks_of, resolved_tolerance
+from benchmarks.evidence.prediction import fifths, looks_of, tolerance_of
 from per_instance_accountant.evaluation import Training, loss_barrier
 from per_instance_accountant.evaluation.measures import (
     Interval,
@@ -101,7 +101,7 @@ def accuracy_figures(found: Grouped) -> dict[str, Figure]:
 def steps_figures(found: Grouped, draws: int) -> tuple[dict[str, Figure], list[float]]:
     """Steps to the oracle for every group, and hardest minus easiest fifth in gap and steps, over
     seeds."""
-    course, tolerance = found.course, resolved_tolerance(found.course.unlearned, found.course.oracle)
+    course, tolerance = found.course, tolerance_of(found.course.oracle)
     steps = steps_to_oracle(course.unlearned, course.oracle, course.at, tolerance).settled
     generator = np.random.default_rng(2)
     count = len(found.seeds)
@@ -247,9 +247,7 @@ def size_figures(
         course = unlearning_course(
             case.start(seeds), case.train, requests, case.noisy, seeds=seeds, at=looks_of(case.noisy)
         )
-        found = steps_to_oracle(
-            course.unlearned, course.oracle, course.at, resolved_tolerance(course.unlearned, course.oracle)
-        )
+        found = steps_to_oracle(course.unlearned, course.oracle, course.at, tolerance_of(course.oracle))
         for row, name in enumerate(("easiest", "hardest")):
             figures[f"{key}_size_{size}_{name}_steps"] = Figure(value=float(found.settled[row]))
             figures[f"{key}_size_{size}_{name}_gap"] = Figure(value=float(found.gap[row, 0]))

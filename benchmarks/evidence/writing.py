@@ -11,12 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks import Figure, machine
 
-Plot = tuple[str, str, Mapping[str, tuple[Sequence[float], Sequence[float]]], str, str]
-"""Title, kind ("line" or "points"), series, names of the axes."""
+Plot = tuple[str, str, Mapping[str, tuple[Sequence[Any], Sequence[float | None]]], str, str]
+"""Title, kind ("line", "points", or "matrix" with a series per row and names of columns for x), series, names
+of the axes."""
 
 
 def options(description: str | None) -> argparse.Namespace:
@@ -82,12 +84,34 @@ def drawn(plot: Plot) -> str:
     title, kind, series, across, up = plot
     canvas = Canvas(figsize=(6, 4), layout="constrained")
     axes = canvas.subplots()
-    for number, (label, (x, y)) in enumerate(series.items()):
-        marker = "os^Dv<>P"[number % 8]
-        axes.plot(x, y, marker=marker, linestyle="-" if kind == "line" else "", label=label)
     axes.set(title=title, xlabel=across, ylabel=up)
-    axes.set_xscale("symlog")
-    axes.legend(fontsize="small")
+    if kind == "matrix":
+        _matrix(axes, series)
+    else:
+        _lines(axes, kind, series)
     target = io.BytesIO()
     canvas.savefig(target, format="png", dpi=90)
     return base64.b64encode(target.getvalue()).decode()
+
+
+def _lines(axes: Any, kind: str, series: Mapping[str, Any]) -> None:
+    for number, (label, (x, y)) in enumerate(series.items()):
+        marker = "os^Dv<>P"[number % 8]
+        axes.plot(x, y, marker=marker, linestyle="-" if kind == "line" else "", label=label, alpha=0.8)
+    widest = max(max(x) for x, _ in series.values())
+    if widest > 10:
+        axes.set_xscale("symlog")
+    if kind == "points":
+        axes.set_yscale("symlog")
+    axes.legend(fontsize="small")
+
+
+def _matrix(axes: Any, series: Mapping[str, Any]) -> None:
+    """Numbers between -1 and 1 in coloured fields; None stays empty."""
+    columns = list(next(iter(series.values()))[0])
+    values = np.array([[np.nan if value is None else value for value in y] for _, y in series.values()])
+    axes.imshow(values, vmin=-1, vmax=1, cmap="RdBu", aspect="auto")
+    axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right", fontsize="small")
+    axes.set_yticks(range(len(series)), list(series), fontsize="small")
+    for row, column in zip(*np.nonzero(np.isfinite(values)), strict=True):
+        axes.text(column, row, f"{values[row, column]:.2f}", ha="center", va="center", fontsize="small")
