@@ -57,8 +57,8 @@ def main() -> None:
         fourth = np.argsort(losses, kind="stable")[-2 * len(losses) // 5 : -len(losses) // 5]
         some = fourth[:: max(1, len(fourth) // (4 if chosen.quick else 8))]
         rates = tuned(case, some, range(100, 103), (1.0, 0.1) if chosen.quick else RATES)
-        probes, seeds = (24, range(8)) if chosen.quick else (60, range(24))
-        found, tables[case.name] = compared(case, losses, rates, probes, seeds)
+        probes, seeds, draws = (24, range(8), 100) if chosen.quick else (60, range(24), 300)
+        found, tables[case.name] = compared(case, losses, rates, probes, seeds, draws)
         figures |= found
         keep(chosen.output, case.name, figures, tables)
         plots += pictures(case.name, tables[case.name])

@@ -57,7 +57,7 @@ class Compared:
         """(R,) first steps, from some seeds."""
         return self.found[name].reached(self.tolerance, seeds).first.astype(np.float64)
 
-    def agreement(self, name: str, other: str, rows: Rows, draws: int = 300) -> Interval | None:
+    def agreement(self, name: str, other: str, rows: Rows, draws: int) -> Interval | None:
         """Rank correlation of the steps of two algorithms, over instances and seeds; None on a floor."""
         first, second = self.steps(name)[rows], self.steps(other)[rows]
         if rows.sum() < FEWEST_POINTS or min(np.unique(first).size, np.unique(second).size) < 3:
@@ -93,7 +93,7 @@ class Compared:
 
 
 def compared(
-    case: Case, losses: Reals, rates: Mapping[str, float], probes: int, seeds: range
+    case: Case, losses: Reals, rates: Mapping[str, float], probes: int, seeds: range, draws: int = 300
 ) -> tuple[dict[str, Figure], dict[str, Any]]:
     """All algorithms on one sample over the whole range of the loss: agreement, factors, floors."""
     course = started(case, spread_over(losses, probes), seeds)
@@ -101,12 +101,13 @@ def compared(
     tolerance = tolerance_of(found["fine_tune"].oracle)
     traced = found["fine_tune"].reached(tolerance).first > 0
     both = Compared(found=found, tolerance=tolerance, traced=traced)
-    agreed, table = agreements(case.name, both)
+    agreed, table = agreements(case.name, both, draws)
     figures = floors(case.name, both) | agreed
     given = factors(case, course, seeds, losses)
     everything = np.ones_like(traced)
     table["factors"] = {
-        tag: against_factors(both, given, rows) for tag, rows in (("all", everything), ("traced", traced))
+        tag: against_factors(both, given, rows, draws)
+        for tag, rows in (("all", everything), ("traced", traced))
     }
     return figures, table
 
@@ -127,7 +128,7 @@ def floors(key: str, both: Compared) -> dict[str, Figure]:
     return figures
 
 
-def agreements(key: str, both: Compared) -> tuple[dict[str, Figure], dict[str, Any]]:
+def agreements(key: str, both: Compared, draws: int) -> tuple[dict[str, Figure], dict[str, Any]]:
     """Every pair: the traced, with an interval and across halves of the seeds; all instances; the gap after
     the last step. The target is for pairs without a floor."""
     figures: dict[str, Figure] = {}
@@ -138,10 +139,10 @@ def agreements(key: str, both: Compared) -> tuple[dict[str, Figure], dict[str, A
         table["halves"][f"{name} {name}"] = _number(both.across_halves(name, name, both.traced))
     for name, other in combinations(both.found, 2):
         pair = f"{name} {other}"
-        final = rank_correlation(gaps[name], gaps[other], draws=300)
+        final = rank_correlation(gaps[name], gaps[other], draws=draws)
         table["final_gap_agreement"][pair] = _row(final)
-        table["agreement_all"][pair] = _row(both.agreement(name, other, everything))
-        rho = both.agreement(name, other, both.traced)
+        table["agreement_all"][pair] = _row(both.agreement(name, other, everything, draws))
+        rho = both.agreement(name, other, both.traced, draws)
         table["agreement"][pair] = _row(rho)
         table["halves"][pair] = _number(both.across_halves(name, other, both.traced))
         if rho is not None:
@@ -169,7 +170,7 @@ def factors(case: Case, course: Course, seeds: range, losses: Reals) -> dict[str
     }
 
 
-def against_factors(both: Compared, given: Mapping[str, Reals], rows: Rows) -> dict[str, Any]:
+def against_factors(both: Compared, given: Mapping[str, Reals], rows: Rows, draws: int) -> dict[str, Any]:
     """Rank correlation of every factor with the steps of every algorithm; None on a floor."""
     table: dict[str, Any] = {}
     for name, one in both.found.items():
@@ -181,7 +182,7 @@ def against_factors(both: Compared, given: Mapping[str, Reals], rows: Rows) -> d
         for factor, values in (dict(given) | after).items():
             flat = min(np.unique(values[rows]).size, np.unique(steps).size) < 3
             few = flat or rows.sum() < FEWEST_POINTS
-            table[name][factor] = None if few else _row(rank_correlation(values[rows], steps, draws=300))
+            table[name][factor] = None if few else _row(rank_correlation(values[rows], steps, draws=draws))
     return table
 
 

@@ -141,21 +141,21 @@ def false_steps(oracle: Reals, at: NDArray[np.int64], tolerance: float, draws: i
     return float(np.mean(counted))
 
 
-def halves_agree(found: Probed, draws: int = 20) -> float:
+def halves_agree(
+    unlearned: Reals, oracle: Reals, at: NDArray[np.int64], tolerance: float, draws: int = 20
+) -> float:
     """Reliability: mean rank correlation of the steps by one random half of the seeds with those by the other
     half; NaN on a floor."""
     generator = np.random.default_rng(7)
-    course, count = found.course, found.course.unlearned.shape[1]
+    count = oracle.shape[1]
     agreed = []
     for _ in range(draws):
         order = generator.permutation(count)
         mine, theirs = (
-            steps_to_oracle(
-                course.unlearned[:, rows], course.oracle[:, rows], course.at, found.steps.tolerance
-            ).settled
+            steps_to_oracle(unlearned[:, rows], oracle[:, rows], at, tolerance).settled.astype(np.float64)
             for rows in (order[: count // 2], order[count // 2 :])
         )
-        agreed.append(spearman(mine.astype(float), theirs.astype(float)))
+        agreed.append(spearman(mine, theirs))
     return float(np.mean(agreed))
 
 
@@ -174,7 +174,8 @@ def figures_of(found: Probed, target: bool) -> dict[str, Figure]:
     if np.unique(found.steps.settled).size < 3:
         return figures | {f"{key}_floor": Figure(value=1.0)}
     if course.oracle.shape[1] >= 2 * FEWEST_SEEDS:
-        figures[f"{key}_halves_of_seeds_agree"] = Figure(value=halves_agree(found))
+        agreed = halves_agree(course.unlearned, course.oracle, course.at, tolerance)
+        figures[f"{key}_halves_of_seeds_agree"] = Figure(value=agreed)
     main = found.predicted()
     figures[f"{key}_rho_loss_steps"] = Figure(value=main.value, target=0.7 if target else None, at_least=True)
     figures[f"{key}_rho_loss_steps_low"] = Figure(

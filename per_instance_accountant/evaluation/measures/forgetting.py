@@ -130,7 +130,8 @@ def steps_to_oracle(
     """
     first, second = finite(unlearned, "margins"), finite(oracle, "margins")
     looks = np.asarray(at, dtype=np.int64)
-    if first.shape != second.shape or first.ndim < 3 or first.shape[2] != looks.size or not tolerance > 0:
+    fits = first.shape == second.shape and first.ndim > 2 and first.size and first.shape[2] == looks.size
+    if not fits or not tolerance > 0:
         raise UsageError(
             "PIA071",
             f"margins of shapes {first.shape} and {second.shape}, {looks.size} looks, tolerance {tolerance}",
