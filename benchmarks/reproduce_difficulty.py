@@ -21,6 +21,12 @@ from benchmarks.evidence.cases import BUNDLED, own
 from benchmarks.evidence.losses import ledger_losses
 from benchmarks.evidence.writing import Plot, keep, options, write
 
+ABOUT = (
+    "Steps until the margin of an instance shows no difference from models that were trained without it, or "
+    "crosses theirs. On the floor: instances of which no difference is seen before any step; every algorithm "
+    "agrees about them. The diagonal is one algorithm on two halves of the seeds: no agreement can be more."
+)
+
 
 def pictures(name: str, table: dict[str, Any]) -> list[Plot]:
     """Agreement of every pair (on the diagonal: of an algorithm with itself, on other seeds), and factors."""
@@ -63,9 +69,9 @@ def main() -> None:
         keep(chosen.output, case.name, figures, tables)
         plots += pictures(case.name, tables[case.name])
     figures["wall_s"] = Figure(value=time.perf_counter() - start, target=60.0 if chosen.quick else None)
-    figures["cpu_s"] = Figure(value=time.process_time(), target=900.0)
+    figures["cpu_s"] = Figure(value=time.process_time(), target=1500.0)
     if chosen.output:
-        write(chosen.output, "reproduce_difficulty", figures, tables, plots)
+        write(chosen.output, "reproduce_difficulty", ABOUT, figures, tables, plots)
     report("reproduce_difficulty", figures, chosen.format)
 
 

@@ -27,7 +27,7 @@ from benchmarks.evidence.prediction import (
     spread_over,
     tolerance_of,
 )
-from benchmarks.evidence.writing import drawn, write
+from benchmarks.evidence.writing import Plot, drawn, write
 from benchmarks.reproduce_difficulty import pictures
 from per_instance_accountant.errors import MissingDependencyError, UsageError
 from per_instance_accountant.evaluation import loss_barrier, unlearning_course
@@ -126,12 +126,22 @@ def test_the_horizon_is_three_contractions() -> None:
 
 
 def test_the_page_holds_numbers_and_pictures(tmp_path: Path) -> None:
-    figures = {"rho": Figure(value=0.6, target=0.7, at_least=True)}
-    write(tmp_path, "name", figures, {"a": [1]}, [("title", "line", {"x": ([1, 2], [3, 4])}, "a", "b")])
+    figures = {
+        "wine_rho": Figure(value=0.6, target=0.7, at_least=True),
+        "wine_rho_low": Figure(value=0.4),
+        "wine_rho_high": Figure(value=0.8),
+    }
+    plots: list[Plot] = [
+        ("wine: lines", "line", {"x": ([1, 2], [3, 4])}, "a", "b"),
+        ("wine: fields", "matrix", {"x": (["c", "d"], [0.5, None])}, "", ""),
+    ]
+    write(tmp_path, "name", "what < this", figures, {"a": [1]}, plots)
     document = json.loads((tmp_path / "numbers.json").read_text())
-    assert document["figures"]["rho"]["holds"] is False and document["tables"] == {"a": [1]}
+    assert document["figures"]["wine_rho"]["holds"] is False and document["tables"] == {"a": [1]}
     page = (tmp_path / "index.html").read_text()
-    assert "does not hold" in page and "data:image/png;base64," in page
+    assert page.count("data:image/png;base64,") == 2 and page.count("<h2>wine</h2>") == 1
+    assert "at least 0.7" in page and "does not hold" in page and "what &lt; this" in page
+    assert "<td>wine rho</td><td>0.6</td><td>[0.4, 0.8]</td>" in page
 
 
 def test_barriers_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
