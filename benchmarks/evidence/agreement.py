@@ -25,12 +25,13 @@ from per_instance_accountant.evaluation import difficulty
 from per_instance_accountant.evaluation.measures import Interval, rank_correlation
 from per_instance_accountant.evaluation.measures.intervals import FEWEST_POINTS, FEWEST_SEEDS, spearman
 from per_instance_accountant.evaluation.oracle import Course
+from per_instance_accountant.finetuning.methods import Schedule
 
 Reals = NDArray[np.float64]
 Rows = NDArray[np.bool_]
 FLOOR = 0.5
 """An algorithm has a floor where more than this share of the instances that leave a trace reaches the oracle
-within two steps."""
+within two steps, and a ceiling where more than this share never does."""
 
 FACTORS = (
     "privacy_loss",
@@ -87,9 +88,14 @@ class Compared:
         mine, theirs = ([self.steps(which, side)[rows] for side in sides] for which in (name, other))
         return (spearman(mine[0], theirs[1]) + spearman(mine[1], theirs[0])) / 2
 
-    def floor(self, name: str) -> float:
-        """Share of the traced that reaches the oracle within two steps."""
-        return float((self.steps(name)[self.traced] <= 2).mean()) if self.traced.any() else 1.0
+    def ends(self, name: str) -> tuple[float, float]:
+        """Shares of the traced that reach the oracle within two steps, and never."""
+        steps = self.steps(name)[self.traced]
+        return float((steps <= 2).mean()), float((steps > LOOKS[-1]).mean())
+
+    def ranks(self, name: str) -> bool:
+        """Whether the algorithm has neither a floor nor a ceiling."""
+        return max(self.ends(name)) <= FLOOR
 
 
 def compared(
@@ -97,12 +103,15 @@ def compared(
 ) -> tuple[dict[str, Figure], dict[str, Any]]:
     """All algorithms on one sample over the whole range of the loss: agreement, factors, floors."""
     course = started(case, spread_over(losses, probes), seeds)
-    found = {name: outcome(case, course, method, seeds) for name, method in methods(case, rates).items()}
+    known: dict[Schedule, Reals] = {}
+    found = {
+        name: outcome(case, course, method, seeds, known) for name, method in methods(case, rates).items()
+    }
     tolerance = tolerance_of(found["fine_tune"].oracle)
     traced = found["fine_tune"].reached(tolerance).first > 0
     both = Compared(found=found, tolerance=tolerance, traced=traced)
     agreed, table = agreements(case.name, both, draws)
-    figures = floors(case.name, both) | agreed
+    figures = ends(case.name, both) | agreed
     given = factors(case, course, seeds, losses)
     everything = np.ones_like(traced)
     table["factors"] = {
@@ -112,25 +121,25 @@ def compared(
     return figures, table
 
 
-def floors(key: str, both: Compared) -> dict[str, Figure]:
-    """Where nothing can be ranked."""
+def ends(key: str, both: Compared) -> dict[str, Figure]:
+    """Where nothing can be ranked. Nothing at all, if no instance leaves a trace."""
     figures = {
         f"{key}_tolerance": Figure(value=both.tolerance),
         f"{key}_traced": Figure(value=float(both.traced.sum())),
         f"{key}_floor_of_all": Figure(value=float(1 - both.traced.mean())),
     }
-    for name in both.found:
-        steps = both.steps(name)[both.traced]
-        figures[f"{key}_{name}_within_two_steps"] = Figure(value=both.floor(name))
-        if steps.size:
-            figures[f"{key}_{name}_never"] = Figure(value=float((steps > LOOKS[-1]).mean()))
-            figures[f"{key}_{name}_steps_median"] = Figure(value=float(np.median(steps)))
+    for name in both.found if both.traced.any() else ():
+        floor, ceiling = both.ends(name)
+        figures[f"{key}_{name}_within_two_steps"] = Figure(value=floor)
+        figures[f"{key}_{name}_never"] = Figure(value=ceiling)
+        median = float(np.median(both.steps(name)[both.traced]))
+        figures[f"{key}_{name}_steps_median"] = Figure(value=median)
     return figures
 
 
 def agreements(key: str, both: Compared, draws: int) -> tuple[dict[str, Figure], dict[str, Any]]:
     """Every pair: the traced, with an interval and across halves of the seeds; all instances; the gap after
-    the last step. The target is for pairs without a floor."""
+    the last step. The target is for pairs without a floor or ceiling."""
     figures: dict[str, Figure] = {}
     table: dict[str, Any] = {"agreement": {}, "agreement_all": {}, "halves": {}, "final_gap_agreement": {}}
     everything = np.ones_like(both.traced)
@@ -146,7 +155,7 @@ def agreements(key: str, both: Compared, draws: int) -> tuple[dict[str, Figure],
         table["agreement"][pair] = _row(rho)
         table["halves"][pair] = _number(both.across_halves(name, other, both.traced))
         if rho is not None:
-            free = max(both.floor(name), both.floor(other)) <= FLOOR
+            free = both.ranks(name) and both.ranks(other)
             tag = f"{key}_agreement_{name}_{other}"
             figures[tag] = Figure(value=rho.value, target=0.7 if free else None, at_least=True)
             figures |= {f"{tag}_low": Figure(value=rho.low), f"{tag}_high": Figure(value=rho.high)}

@@ -34,7 +34,7 @@ from per_instance_accountant.finetuning.methods import (
 )
 
 Reals = NDArray[np.float64]
-LOOKS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 17, 20, 24, 28, 34, 40, 48, 56, 68, 80, 96, 112, 136, 160)
+LOOKS = tuple(np.unique(np.geomspace(1, 321, 34).astype(int) - 1).tolist())
 NAMES = ("fine_tune", "gradient_ascent", "neg_grad_plus", "random_relabel", "salun", "scrub")
 RATES = (2.0, 1.0, 0.3, 0.1, 0.03, 0.01)
 DAMAGE = 0.01
@@ -113,11 +113,13 @@ def followed(
     return np.stack([seen.get(step, final) for step in LOOKS], 1), done
 
 
-def outcome(case: Case, course: Course, method: Method, seeds: range) -> Outcome:
+def outcome(
+    case: Case, course: Course, method: Method, seeds: range, references: dict[Schedule, Reals]
+) -> Outcome:
     """One algorithm beside its reference: the retrained models, fine-tuned at the same rate on the
     same draws, so that what the batches do cancels. Gradient ascent sees no other instance: its reference
     stays where it is. The ascents of SCRUB draw nothing, so its batches are shifted against those of
-    its reference."""
+    its reference. references: what is known of this course already, added to."""
     models, forget, retain = members(case, course, seeds)
     draws = [1_000 + seed for seed in seeds] * len(course.requests)
     unlearned, done = followed(method, models, forget, retain, draws)
@@ -125,7 +127,10 @@ def outcome(case: Case, course: Course, method: Method, seeds: range) -> Outcome
     if isinstance(method, GradientAscent):
         oracle = np.repeat(margins(retrained, forget)[:, :1], len(LOOKS), axis=1)
     else:
-        oracle, _ = followed(FineTune(schedule=method.schedule), retrained, forget, retain, draws)
+        if method.schedule not in references:
+            tuning = FineTune(schedule=method.schedule)
+            references[method.schedule] = followed(tuning, retrained, forget, retain, draws)[0]
+        oracle = references[method.schedule]
     shape = (len(course.requests), len(seeds))
     moved = [
         (done.parameters[name] - value).flatten(1).square().sum(1)
@@ -154,10 +159,11 @@ def tuned(
     diverge; the smallest rate if there is none. On instances and seeds that are not compared."""
     course = started(case, chosen, seeds)
     best = dict.fromkeys(NAMES, (np.inf, min(grid)))
+    references: dict[Schedule, Reals] = {}
     for rate in grid:
         for name, method in methods(case, dict.fromkeys(NAMES, rate)).items():
             try:
-                found = outcome(case, course, method, seeds)
+                found = outcome(case, course, method, seeds, references)
             except GuaranteeError:
                 continue
             apart = float(np.abs((found.unlearned - found.oracle).mean(1)).mean())
