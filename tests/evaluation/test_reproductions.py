@@ -159,9 +159,9 @@ def test_barriers_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_six_algorithms_are_compared_with_their_floors_named() -> None:
     case = BUNDLED["wine"]()
     losses = np.random.default_rng(0).random(len(case.train))
-    figures, table = compared(case, losses, dict.fromkeys(NAMES, 0.3), 20, range(4), draws=20)
+    figures, table = compared(case, losses, dict.fromkeys(NAMES, 0.3), 24, range(6), draws=20)
     traced = figures["wine_traced"].value
-    assert traced == round(20 * (1 - figures["wine_floor_of_all"].value)) and traced >= 10
+    assert traced == round(24 * (1 - figures["wine_floor_of_all"].value)) and traced >= 10
     floors = {name: figures[f"wine_{name}_within_two_steps"].value for name in NAMES}
     ends = {name: max(floor, figures[f"wine_{name}_never"].value) for name, floor in floors.items()}
     assert max(floors.values()) > 0.5 > min(ends.values())
