@@ -76,6 +76,13 @@ def per_instance(case: Case, chosen: Any) -> Part:
         compared, tables[f"{name}_scores"] = against_scores(found, losses, scores, size["draws"])
         figures |= compared
         points[name] = (found.losses.tolist(), found.steps.settled.tolist())
+        tables[name] = {
+            "instances": probes.tolist(),
+            "losses": found.losses.tolist(),
+            "steps": found.steps.settled.tolist(),
+            "gap_before": found.steps.gap[:, 0].tolist(),
+            "doubt_before": found.steps.doubt[:, 0].tolist(),
+        }
         if name == "sgd":
             figures |= from_silent_run(case, found, scored_seeds)
         elif not quick:
@@ -214,6 +221,7 @@ def main() -> None:
     for name, ((part, table, drawn), _) in zip(names, done, strict=True):
         figures, plots = figures | part, plots + drawn
         tables[name] = table
+    figures |= {f"{name}_cpu_s": Figure(value=cpu) for name, (_, cpu) in zip(names, done, strict=True)}
     figures["cpu_s"] = Figure(value=sum(cpu for _, cpu in done), target=None if chosen.quick else 1500.0)
     figures["wall_s"] = Figure(value=time.perf_counter() - start, target=60.0 if chosen.quick else None)
     if chosen.output:

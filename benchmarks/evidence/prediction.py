@@ -164,6 +164,17 @@ def fifths(values: Reals) -> list[NDArray[np.int64]]:
     return [part.astype(np.int64) for part in np.array_split(np.argsort(values, kind="stable"), 5)]
 
 
+def attainable(steps: NDArray[np.int64]) -> float:
+    """Rank correlation with the steps of a score that orders them without a fault but does not know the ties:
+    the square root of ``1 - sum (t^3 - t) / (n^3 - n)`` over ties of t instances.
+
+    >>> round(attainable(np.array([0, 0, 0, 0, 7])), 4)
+    0.7071
+    """
+    ties = np.unique(steps, return_counts=True)[1].astype(np.float64)
+    return float(np.sqrt(1 - (ties**3 - ties).sum() / (steps.size**3 - steps.size)))
+
+
 def figures_of(found: Probed, target: bool) -> dict[str, Figure]:
     """The correlation with its interval, tolerances beside it, steps by fifth of the loss, floors."""
     key, course, tolerance = found.name, found.course, found.steps.tolerance
@@ -182,6 +193,7 @@ def figures_of(found: Probed, target: bool) -> dict[str, Figure]:
         value=main.low, target=0.5 if target else None, at_least=True
     )
     figures[f"{key}_rho_loss_steps_high"] = Figure(value=main.high)
+    figures[f"{key}_rho_attainable"] = Figure(value=attainable(found.steps.settled))
     free = found.steps.settled > 0
     figures[f"{key}_at_once"] = Figure(value=found.steps.at_once)
     figures[f"{key}_never"] = Figure(value=found.steps.never)

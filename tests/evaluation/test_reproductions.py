@@ -19,6 +19,7 @@ from benchmarks.evidence.algorithms import LOOKS, NAMES, Outcome, methods, outco
 from benchmarks.evidence.cases import BUNDLED, images, own, training
 from benchmarks.evidence.losses import ledger_losses
 from benchmarks.evidence.prediction import (
+    attainable,
     false_steps,
     halves_agree,
     hardest_found,
@@ -32,6 +33,7 @@ from benchmarks.reproduce_difficulty import pictures
 from per_instance_accountant.errors import MissingDependencyError, UsageError
 from per_instance_accountant.evaluation import loss_barrier, unlearning_course
 from per_instance_accountant.evaluation.measures import rank_correlation
+from per_instance_accountant.evaluation.measures.intervals import spearman
 from per_instance_accountant.evaluation.plots import plot_barriers
 from per_instance_accountant.finetuning.methods import Instances
 
@@ -105,6 +107,13 @@ def test_halves_of_the_seeds_agree_as_far_as_the_noise_lets_them() -> None:
         unlearned = truth + noise * generator.normal(size=(12, 8, 30))
         agreed.append(halves_agree(unlearned, np.zeros_like(unlearned), np.arange(30), 0.05))
     assert agreed[0] > 0.9 and not agreed[1] > 0.6
+
+
+def test_ties_bound_the_correlation_that_can_be_reached() -> None:
+    steps = np.array([0] * 12 + [3, 3, 7, 20])
+    perfect = steps + np.random.default_rng(0).random(steps.size)
+    assert attainable(steps) == pytest.approx(spearman(perfect, steps)) and attainable(steps) < 0.8
+    assert attainable(np.arange(9)) == 1
 
 
 def test_the_interval_covers_the_recorded_runs_too() -> None:
