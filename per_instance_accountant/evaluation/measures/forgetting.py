@@ -121,8 +121,8 @@ def steps_to_oracle(
     unlearned, oracle: (R, S, t) margins after ``at`` (t,) steps, averaged over the S seeds; further
     dimensions (instances of a request) are averaged as well. tolerance: difference in nats that is of no
     consequence. A request whose true gap stays within it gets a step with probability 5 % at most, however
-    many looks there are (Student intervals by seeds, Bonferroni over the looks). Raises UsageError PIA071,
-    PIA070, PIA125 for fewer than 3 seeds, GuaranteeError PIA011.
+    many looks there are, if gaps are normal over seeds (Student intervals, Bonferroni over the looks).
+    Raises UsageError PIA071, PIA125 for fewer than 3 seeds, GuaranteeError PIA011.
 
     >>> retrained = np.zeros((1, 3, 3))
     >>> steps_to_oracle(retrained + [1.0, 0.4, 0.0], retrained, [0, 10, 20], 0.5).settled.tolist()
