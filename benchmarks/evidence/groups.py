@@ -108,7 +108,7 @@ def steps_figures(found: Grouped, draws: int) -> tuple[dict[str, Figure], list[f
     null = false_steps(course.oracle, course.at, tolerance)
     figures[f"{found.key}_null_share_with_steps"] = Figure(value=null, target=0.05)
     key = f"{found.key}_hardest_minus_easiest"
-    put(figures, f"{key}_steps", steps_apart(course, tolerance, draws), 0.0)
+    put(figures, f"{key}_steps", steps_apart(course, tolerance, draws), 1.0)
     for other in TOLERANCES:
         put(figures, f"{key}_steps_tolerance_{other:g}", steps_apart(course, other, draws))
     gaps = (course.unlearned - course.oracle)[:, :, 0].mean(2)
