@@ -111,7 +111,7 @@ def compared(
     traced = found["fine_tune"].reached(tolerance).first > 0
     both = Compared(found=found, tolerance=tolerance, traced=traced)
     agreed, table = agreements(case.name, both, draws)
-    figures = ends(case.name, both) | agreed
+    figures = floors(case.name, both) | agreed
     given = factors(case, course, seeds, losses)
     everything = np.ones_like(traced)
     table["factors"] = {
@@ -121,8 +121,8 @@ def compared(
     return figures, table
 
 
-def ends(key: str, both: Compared) -> dict[str, Figure]:
-    """Where nothing can be ranked. Nothing at all, if no instance leaves a trace."""
+def floors(key: str, both: Compared) -> dict[str, Figure]:
+    """How many instances leave a trace, and where an algorithm cannot rank them."""
     figures = {
         f"{key}_tolerance": Figure(value=both.tolerance),
         f"{key}_traced": Figure(value=float(both.traced.sum())),

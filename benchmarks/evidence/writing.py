@@ -119,7 +119,8 @@ def drawn(plot: Plot) -> str:
     title, kind, series, across, up = plot
     canvas = Canvas(figsize=(6, 4), layout="constrained")
     axes = canvas.subplots()
-    axes.set(title=title, xlabel=across, ylabel=up)
+    axes.set(xlabel=across, ylabel=up)
+    axes.set_title(title.replace("_", " "), fontsize="medium")
     if kind == "matrix":
         _matrix(axes, series)
     else:
