@@ -69,6 +69,10 @@ class PiaError(Exception):
         self.code, self.happened, self.meaning, self.fix = code, happened, meaning, fix
         super().__init__(f"{code}: {happened}. {meaning}. Fix: {fix}")
 
+    def __reduce__(self) -> tuple[type[PiaError], tuple[str, str, str, str]]:
+        """An error crosses from one process to another whole."""
+        return type(self), (self.code, self.happened, self.meaning, self.fix)
+
 
 class UsageError(PiaError, ValueError):
     """An argument is outside its range or has the wrong shape; nothing was changed."""

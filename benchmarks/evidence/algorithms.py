@@ -1,30 +1,21 @@
-"""Six ways to forget the same instances, against the same retrained models: is difficulty the
-instance's own?
+"""Six ways to forget the same instances, against the same retrained models.
 
-Difficulty is the cost to reach the oracle: the first look at which the margin of the instance is within
-the tolerance of the retrained model's, or has crossed it. Candidate factors, our definitions: expansion
-(of ``scores.expansion``), membership (margin before minus the oracle's, in oracle standard deviations:
-what an attacker with shadow models sees), confidence and boundary distance (signs turned), privacy loss
-(ledger); and after unlearning, per algorithm, parameter shift, loss of test accuracy, and the steps of
-fine-tuning.
+Difficulty is the cost to reach the oracle: the first look that shows no difference between the margin of the
+instance and the retrained model's, or before which it crossed it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks import Figure
 from benchmarks.evidence.cases import Case
-from benchmarks.evidence.prediction import resolved_tolerance, spread_over
 from per_instance_accountant.errors import GuaranteeError
-from per_instance_accountant.evaluation import difficulty
-from per_instance_accountant.evaluation.measures import StepsToOracle, rank_correlation, steps_to_oracle
+from per_instance_accountant.evaluation.measures import StepsToOracle, steps_to_oracle
 from per_instance_accountant.evaluation.oracle import Course, unlearning_course
 from per_instance_accountant.evaluation.oracle.course import spread
 from per_instance_accountant.evaluation.outcomes import accuracies, margins
@@ -43,13 +34,10 @@ from per_instance_accountant.finetuning.methods import (
 )
 
 Reals = NDArray[np.float64]
-LOOKS = (0, 1, 2, 3, 5, 7, 10, 14, 20, 28, 40, 56, 80, 112, 160)
+LOOKS = tuple(np.unique(np.geomspace(1, 321, 34).astype(int) - 1).tolist())
 NAMES = ("fine_tune", "gradient_ascent", "neg_grad_plus", "random_relabel", "salun", "scrub")
-RATES = (2.0, 1.0, 0.3, 0.1, 0.03)
+RATES = (2.0, 1.0, 0.3, 0.1, 0.03, 0.01)
 DAMAGE = 0.01
-FLOOR = 0.5
-"""An algorithm has a floor where more than this share of the instances reaches the oracle within two
-steps."""
 
 
 def methods(case: Case, rates: Mapping[str, float]) -> dict[str, Method]:
@@ -81,14 +69,9 @@ class Outcome:
     shift: Reals
     damage: Reals
 
-    def reached(self, tolerance: float) -> StepsToOracle:
-        return steps_to_oracle(self.unlearned, self.oracle, LOOKS, tolerance)
-
-    def redrawn(self, generator: np.random.Generator, tolerance: float) -> Reals:
-        """First steps again, from seeds drawn with replacement."""
-        rows = generator.integers(0, self.oracle.shape[1], self.oracle.shape[1])
-        again = steps_to_oracle(self.unlearned[:, rows], self.oracle[:, rows], LOOKS, tolerance)
-        return again.first.astype(np.float64)
+    def reached(self, tolerance: float, seeds: slice | NDArray[np.int64] = slice(None)) -> StepsToOracle:
+        """Steps to the oracle, from some of the seeds."""
+        return steps_to_oracle(self.unlearned[:, seeds], self.oracle[:, seeds], LOOKS, tolerance)
 
 
 def members(case: Case, course: Course, seeds: range) -> tuple[Ensemble, Instances, Instances]:
@@ -130,11 +113,13 @@ def followed(
     return np.stack([seen.get(step, final) for step in LOOKS], 1), done
 
 
-def outcome(case: Case, course: Course, method: Method, seeds: range) -> Outcome:
+def outcome(
+    case: Case, course: Course, method: Method, seeds: range, references: dict[Schedule, Reals]
+) -> Outcome:
     """One algorithm beside its reference: the retrained models, fine-tuned at the same rate on the
     same draws, so that what the batches do cancels. Gradient ascent sees no other instance: its reference
     stays where it is. The ascents of SCRUB draw nothing, so its batches are shifted against those of
-    its reference."""
+    its reference. references: what is known of this course already, added to."""
     models, forget, retain = members(case, course, seeds)
     draws = [1_000 + seed for seed in seeds] * len(course.requests)
     unlearned, done = followed(method, models, forget, retain, draws)
@@ -142,7 +127,10 @@ def outcome(case: Case, course: Course, method: Method, seeds: range) -> Outcome
     if isinstance(method, GradientAscent):
         oracle = np.repeat(margins(retrained, forget)[:, :1], len(LOOKS), axis=1)
     else:
-        oracle, _ = followed(FineTune(schedule=method.schedule), retrained, forget, retain, draws)
+        if method.schedule not in references:
+            tuning = FineTune(schedule=method.schedule)
+            references[method.schedule] = followed(tuning, retrained, forget, retain, draws)[0]
+        oracle = references[method.schedule]
     shape = (len(course.requests), len(seeds))
     moved = [
         (done.parameters[name] - value).flatten(1).square().sum(1)
@@ -171,87 +159,14 @@ def tuned(
     diverge; the smallest rate if there is none. On instances and seeds that are not compared."""
     course = started(case, chosen, seeds)
     best = dict.fromkeys(NAMES, (np.inf, min(grid)))
+    references: dict[Schedule, Reals] = {}
     for rate in grid:
         for name, method in methods(case, dict.fromkeys(NAMES, rate)).items():
             try:
-                found = outcome(case, course, method, seeds)
+                found = outcome(case, course, method, seeds, references)
             except GuaranteeError:
                 continue
             apart = float(np.abs((found.unlearned - found.oracle).mean(1)).mean())
             if found.damage.mean() <= DAMAGE and apart < best[name][0]:
                 best[name] = (apart, rate)
     return {name: rate for name, (_, rate) in best.items()}
-
-
-def factors(case: Case, course: Course, seeds: range, losses: Reals) -> dict[str, Reals]:
-    """(R,) values from the original model, larger said to be harder."""
-    rows = course.requests[:, 0]
-    scores = difficulty(case.trained(case.silent, seeds, 9), case.train).scores
-    oracle = course.oracle[:, :, 0, 0]
-    apart = course.unlearned[:, :, 0, 0].mean(1) - oracle.mean(1)
-    return {
-        "privacy_loss": losses[rows],
-        "expansion": scores["expansion"][rows],
-        "membership": apart / np.maximum(oracle.std(1, ddof=1), 1e-6),
-        "confidence": scores["mean_confidence"][rows],
-        "boundary": scores["boundary"][rows],
-    }
-
-
-def compared(
-    case: Case, losses: Reals, rates: Mapping[str, float], probes: int, seeds: range, hardest: bool
-) -> tuple[dict[str, Figure], dict[str, Any]]:
-    """All algorithms on one data set: cross-algorithm agreement, factors, floors. hardest: probes from
-    the hardest fifth of the loss only, since most others start within the tolerance and agree by
-    ties."""
-    order = np.argsort(losses, kind="stable")
-    eligible = order[-len(order) // 5 :] if hardest else order
-    prefix = f"{case.name}_{'hardest' if hardest else 'all'}"
-    course = started(case, eligible[spread_over(losses[eligible], probes)], seeds)
-    found = {name: outcome(case, course, method, seeds) for name, method in methods(case, rates).items()}
-    tolerance = resolved_tolerance(found["fine_tune"].unlearned, found["fine_tune"].oracle)
-    reached = {name: one.reached(tolerance) for name, one in found.items()}
-    steps = {name: one.first.astype(np.float64) for name, one in reached.items()}
-    gaps = {name: np.abs(one.gap[:, -1]) for name, one in reached.items()}
-    figures = {f"{prefix}_tolerance": Figure(value=tolerance)}
-    tables: dict[str, Any] = {"factors": {}, "agreement": {}, "final_gap_agreement": {}}
-    floors = {name: float((one <= 2).mean()) for name, one in steps.items()}
-    for name, one in steps.items():
-        key = f"{prefix}_{name}"
-        figures[f"{key}_within_two_steps"] = Figure(value=floors[name])
-        figures[f"{key}_never"] = Figure(value=float((one > LOOKS[-1]).mean()))
-        figures[f"{key}_steps_mean"] = Figure(value=float(one.mean()))
-    ranked = [name for name, one in steps.items() if np.unique(one).size > 2]
-    for place, name in enumerate(ranked):
-        for other in ranked[place + 1 :]:
-            rho = rank_correlation(
-                steps[name],
-                steps[other],
-                redraw=lambda generator, one=found[other]: one.redrawn(generator, tolerance),
-                redraw_first=lambda generator, one=found[name]: one.redrawn(generator, tolerance),
-                draws=300,
-            )
-            free = max(floors[name], floors[other]) <= FLOOR
-            key = f"{prefix}_agreement_{name}_{other}"
-            figures[key] = Figure(value=rho.value, target=0.7 if free else None, at_least=True)
-            figures[f"{key}_low"] = Figure(value=rho.low)
-            figures[f"{key}_high"] = Figure(value=rho.high)
-            tables["agreement"][f"{name} {other}"] = [rho.value, rho.low, rho.high]
-            final = rank_correlation(gaps[name], gaps[other], draws=300)
-            tables["final_gap_agreement"][f"{name} {other}"] = [final.value, final.low, final.high]
-    given = factors(case, course, seeds, losses)
-    for name in ranked:
-        after = {
-            "parameter_shift": found[name].shift,
-            "performance_shift": found[name].damage,
-            "fine_tune_steps": steps["fine_tune"],
-        }
-        row: dict[str, list[float]] = {}
-        for factor, values in (given | after).items():
-            if np.unique(values).size > 2 and not (factor == "fine_tune_steps" and name == "fine_tune"):
-                rho = rank_correlation(values, steps[name], draws=300)
-                row[factor] = [rho.value, rho.low, rho.high]
-        tables["factors"][name] = row
-    negative = [row for row in tables["final_gap_agreement"].values() if row[2] < 0]
-    figures[f"{prefix}_final_gap_pairs_that_disagree_in_sign"] = Figure(value=float(len(negative)))
-    return figures, tables

@@ -123,12 +123,14 @@ def diabetes() -> Case:
     )
 
 
-def training(count: int, *, steps: int, weight_decay: float, noise_std: float) -> Training:
-    """A tenth of the instances in a batch, learning rate 1/2. Without weight decay nothing contracts,
+def training(
+    count: int, *, steps: int, weight_decay: float, noise_std: float, learning_rate: float = 0.5
+) -> Training:
+    """A tenth of the instances in a batch. Without weight decay nothing contracts,
     and fine-tuning forgets next to nothing."""
     return Training(
         steps=steps,
-        learning_rate=0.5,
+        learning_rate=learning_rate,
         sample_rate=0.1,
         denominator=0.1 * count,
         weight_decay=weight_decay,
@@ -171,7 +173,7 @@ def images(count: int = 60, classes: int = 4) -> Case:
         train=Instances(inputs=inputs[:count], labels=noisy_labels[:count]),
         test=Instances(inputs=inputs[count:], labels=labels[count:]),
         module=ResidualNetwork(classes),
-        noisy=training(count, steps=60, weight_decay=1e-2, noise_std=0.2),
+        noisy=training(count, steps=400, weight_decay=2e-2, noise_std=0.2, learning_rate=0.1),
         clip=20.0,
     )
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from benchmarks import Figure
 from benchmarks.evidence.cases import Case
-from benchmarks.evidence.prediction import fifths, looks_of, resolved_tolerance
+from benchmarks.evidence.prediction import TOLERANCES, false_steps, fifths, looks_of, tolerance_of
 from per_instance_accountant.evaluation import Training, loss_barrier
 from per_instance_accountant.evaluation.measures import (
     Interval,
@@ -99,27 +99,36 @@ def accuracy_figures(found: Grouped) -> dict[str, Figure]:
 
 
 def steps_figures(found: Grouped, draws: int) -> tuple[dict[str, Figure], list[float]]:
-    """Steps to the oracle for every group, and hardest minus easiest fifth in gap and steps, over
-    seeds."""
-    course, tolerance = found.course, resolved_tolerance(found.course.unlearned, found.course.oracle)
+    """Steps to the oracle for every group, the null, and hardest minus easiest fifth in gap and steps, over
+    seeds; the steps at other tolerances beside them."""
+    course, tolerance = found.course, tolerance_of(found.course.oracle)
     steps = steps_to_oracle(course.unlearned, course.oracle, course.at, tolerance).settled
-    generator = np.random.default_rng(2)
-    count = len(found.seeds)
-    again = []
-    for _ in range(draws):
-        rows = generator.integers(0, count, count)
-        drawn = steps_to_oracle(course.unlearned[:, rows], course.oracle[:, rows], course.at, tolerance)
-        again.append(drawn.settled)
-    table = np.array(again)
     figures = {f"{found.key}_{name}_steps": Figure(value=float(steps[row])) for row, name in enumerate(NAMES)}
-    spread_ = np.quantile(table[:, 4] - table[:, 0], [0.025, 0.975])
-    apart = Interval(
-        value=float(steps[4] - steps[0]), low=float(spread_[0]), high=float(spread_[1]), count=count
-    )
-    put(figures, f"{found.key}_hardest_minus_easiest_steps", apart, 0.0)
+    figures[f"{found.key}_tolerance"] = Figure(value=tolerance)
+    null = false_steps(course.oracle, course.at, tolerance)
+    figures[f"{found.key}_null_share_with_steps"] = Figure(value=null, target=0.05)
+    key = f"{found.key}_hardest_minus_easiest"
+    put(figures, f"{key}_steps", steps_apart(course, tolerance, draws), 1.0)
+    for other in TOLERANCES:
+        put(figures, f"{key}_steps_tolerance_{other:g}", steps_apart(course, other, draws))
     gaps = (course.unlearned - course.oracle)[:, :, 0].mean(2)
-    put(figures, f"{found.key}_hardest_minus_easiest_gap", mean_interval(gaps[4] - gaps[0]), 0.0)
+    put(figures, f"{key}_gap", mean_interval(gaps[4] - gaps[0]), 0.0)
     return figures, steps.astype(float).tolist()
+
+
+def steps_apart(course: Course, tolerance: float, draws: int) -> Interval:
+    """Steps of the hardest fifth minus those of the easiest, with a bootstrap interval over seeds."""
+    generator = np.random.default_rng(2)
+    count = course.oracle.shape[1]
+
+    def apart(rows: NDArray[np.int64]) -> float:
+        pair = course.unlearned[[0, 4]][:, rows], course.oracle[[0, 4]][:, rows]
+        easiest, hardest = steps_to_oracle(*pair, course.at, tolerance).settled
+        return float(hardest - easiest)
+
+    again = [apart(generator.integers(0, count, count)) for _ in range(draws)]
+    low, high = np.quantile(again, [0.025, 0.975])
+    return Interval(value=apart(np.arange(count)), low=float(low), high=float(high), count=count)
 
 
 def barrier_figures(found: Grouped) -> tuple[dict[str, Figure], dict[str, list[list[float]]]]:
@@ -247,10 +256,9 @@ def size_figures(
         course = unlearning_course(
             case.start(seeds), case.train, requests, case.noisy, seeds=seeds, at=looks_of(case.noisy)
         )
-        found = steps_to_oracle(
-            course.unlearned, course.oracle, course.at, resolved_tolerance(course.unlearned, course.oracle)
-        )
+        found = steps_to_oracle(course.unlearned, course.oracle, course.at, tolerance_of(course.oracle))
         for row, name in enumerate(("easiest", "hardest")):
             figures[f"{key}_size_{size}_{name}_steps"] = Figure(value=float(found.settled[row]))
-            figures[f"{key}_size_{size}_{name}_gap"] = Figure(value=float(found.gap[row, 0]))
+            gaps = (course.unlearned - course.oracle)[row, :, 0].mean(1)
+            put(figures, f"{key}_size_{size}_{name}_gap", mean_interval(gaps))
     return figures

@@ -17,6 +17,7 @@ from per_instance_accountant.evaluation.measures import (
     rank_correlation,
     steps_to_oracle,
 )
+from per_instance_accountant.evaluation.measures.intervals import FEWEST_SEEDS, spearman
 from per_instance_accountant.evaluation.oracle import Course, PairedTraining, unlearning_course
 from per_instance_accountant.evaluation.oracle.course import spread
 from per_instance_accountant.evaluation.outcomes import margins, outputs
@@ -116,23 +117,46 @@ def probe(
         test=case.test,
         device=device,
     )
-    steps = steps_to_oracle(
-        course.unlearned, course.oracle, course.at, resolved_tolerance(course.unlearned, course.oracle)
-    )
+    steps = steps_to_oracle(course.unlearned, course.oracle, course.at, tolerance_of(course.oracle))
     return Probed(name=name, probes=probes, recorded=recorded[:, probes], course=course, steps=steps)
 
 
-def resolved_tolerance(unlearned: Reals, oracle: Reals) -> float:
-    """``OF_SCATTER`` times the median standard deviation of the oracle over seeds at the last look, but at
-    least twice the median standard error of the gap there: smaller differences cannot be seen with these
-    seeds. Margins (R, S, t, ...). It looks at scatter only, never at what is to be predicted."""
+def tolerance_of(oracle: Reals) -> float:
+    """``OF_SCATTER`` times the standard deviation of an instance's margin over the retrained models of other
+    seeds, at the last look: median over instances. Margins (R, S, t, ...). It looks at the reference
+    alone, and is the same for an instance and for a group."""
+    return OF_SCATTER * float(np.median(oracle[:, :, -1].std(1, ddof=1)))
 
-    def scatter(values: Reals) -> float:
-        last = values[:, :, -1].reshape(*values.shape[:2], -1).mean(2)
-        return float(np.median(last.std(1, ddof=1)))
 
-    resolution = 2 * scatter(unlearned - oracle) / float(np.sqrt(oracle.shape[1]))
-    return max(OF_SCATTER * scatter(oracle), resolution)
+def false_steps(oracle: Reals, at: NDArray[np.int64], tolerance: float, draws: int = 50) -> float:
+    """The null: share of requests that get a step where there is nothing to forget. The retrained models of
+    one random half of the seeds stand for the unlearned, those of the other half for the reference."""
+    generator = np.random.default_rng(6)
+    half = oracle.shape[1] // 2
+    counted = []
+    for _ in range(draws):
+        order = generator.permutation(oracle.shape[1])
+        sides = oracle[:, order[:half]], oracle[:, order[half : 2 * half]]
+        counted.append((steps_to_oracle(*sides, at, tolerance).settled > 0).mean())
+    return float(np.mean(counted))
+
+
+def halves_agree(
+    unlearned: Reals, oracle: Reals, at: NDArray[np.int64], tolerance: float, draws: int = 20
+) -> float:
+    """Reliability: mean rank correlation of the steps by one random half of the seeds with those by the other
+    half; NaN on a floor."""
+    generator = np.random.default_rng(7)
+    count = oracle.shape[1]
+    agreed = []
+    for _ in range(draws):
+        order = generator.permutation(count)
+        mine, theirs = (
+            steps_to_oracle(unlearned[:, rows], oracle[:, rows], at, tolerance).settled.astype(np.float64)
+            for rows in (order[: count // 2], order[count // 2 :])
+        )
+        agreed.append(spearman(mine, theirs))
+    return float(np.mean(agreed))
 
 
 def fifths(values: Reals) -> list[NDArray[np.int64]]:
@@ -140,18 +164,36 @@ def fifths(values: Reals) -> list[NDArray[np.int64]]:
     return [part.astype(np.int64) for part in np.array_split(np.argsort(values, kind="stable"), 5)]
 
 
+def attainable(steps: NDArray[np.int64]) -> float:
+    """Rank correlation with the steps of a score that orders them without a fault but does not know the ties:
+    the square root of ``1 - sum (t^3 - t) / (n^3 - n)`` over ties of t instances.
+
+    >>> round(attainable(np.array([0, 0, 0, 0, 7])), 4)
+    0.7071
+    """
+    ties = np.unique(steps, return_counts=True)[1].astype(np.float64)
+    return float(np.sqrt(1 - (ties**3 - ties).sum() / (steps.size**3 - steps.size)))
+
+
 def figures_of(found: Probed, target: bool) -> dict[str, Figure]:
     """The correlation with its interval, tolerances beside it, steps by fifth of the loss, floors."""
-    key = found.name
-    figures = {f"{key}_tolerance": Figure(value=found.steps.tolerance)}
+    key, course, tolerance = found.name, found.course, found.steps.tolerance
+    figures = {f"{key}_tolerance": Figure(value=tolerance)}
+    if course.oracle.shape[1] >= 2 * FEWEST_SEEDS:
+        null = false_steps(course.oracle, course.at, tolerance)
+        figures[f"{key}_null_share_with_steps"] = Figure(value=null, target=0.05 if target else None)
     if np.unique(found.steps.settled).size < 3:
         return figures | {f"{key}_floor": Figure(value=1.0)}
+    if course.oracle.shape[1] >= 2 * FEWEST_SEEDS:
+        agreed = halves_agree(course.unlearned, course.oracle, course.at, tolerance)
+        figures[f"{key}_halves_of_seeds_agree"] = Figure(value=agreed)
     main = found.predicted()
     figures[f"{key}_rho_loss_steps"] = Figure(value=main.value, target=0.7 if target else None, at_least=True)
     figures[f"{key}_rho_loss_steps_low"] = Figure(
         value=main.low, target=0.5 if target else None, at_least=True
     )
     figures[f"{key}_rho_loss_steps_high"] = Figure(value=main.high)
+    figures[f"{key}_rho_attainable"] = Figure(value=attainable(found.steps.settled))
     free = found.steps.settled > 0
     figures[f"{key}_at_once"] = Figure(value=found.steps.at_once)
     figures[f"{key}_never"] = Figure(value=found.steps.never)
@@ -163,9 +205,9 @@ def figures_of(found: Probed, target: bool) -> dict[str, Figure]:
     gap = rank_correlation(found.losses, found.steps.gap[:, 0])
     figures[f"{key}_rho_loss_gap_before"] = Figure(value=gap.value)
     figures[f"{key}_rho_loss_gap_before_low"] = Figure(value=gap.low)
-    for tolerance in TOLERANCES:
-        other = steps_to_oracle(found.course.unlearned, found.course.oracle, found.course.at, tolerance)
-        tag = f"{key}_tolerance_{tolerance:g}"
+    for other_tolerance in TOLERANCES:
+        other = steps_to_oracle(course.unlearned, course.oracle, course.at, other_tolerance)
+        tag = f"{key}_tolerance_{other_tolerance:g}"
         if np.unique(other.settled).size > 2:
             rho = replace(found, steps=other).predicted(draws=200)
             figures |= {f"{tag}_rho": Figure(value=rho.value), f"{tag}_rho_low": Figure(value=rho.low)}

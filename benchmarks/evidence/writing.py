@@ -11,12 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks import Figure, machine
 
-Plot = tuple[str, str, Mapping[str, tuple[Sequence[float], Sequence[float]]], str, str]
-"""Title, kind ("line" or "points"), series, names of the axes."""
+Plot = tuple[str, str, Mapping[str, tuple[Sequence[Any], Sequence[float | None]]], str, str]
+"""Title, kind ("line"; "points", both axes logarithmic; "matrix" with a series per row and names of columns
+for x), series, names of the axes."""
 
 
 def options(description: str | None) -> argparse.Namespace:
@@ -37,32 +39,67 @@ def options(description: str | None) -> argparse.Namespace:
     return chosen
 
 
+STYLE = """body{font:16px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}
+figure{display:inline-block;margin:.5em;max-width:34em}img{max-width:100%}figcaption{font-size:.85em}
+table{border-collapse:collapse}td,th{border-bottom:1px solid #ccc;padding:.2em .8em;text-align:left}
+td.bad{background:#fdd}"""
+
+
 def write(
-    folder: Path, name: str, figures: Mapping[str, Figure], tables: Mapping[str, Any], plots: Sequence[Plot]
+    folder: Path,
+    name: str,
+    about: str,
+    figures: Mapping[str, Figure],
+    tables: Mapping[str, Any],
+    plots: Sequence[Plot],
 ) -> None:
-    """numbers.json with everything, index.html with figures and the numbers that have a target."""
+    """numbers.json with everything, index.html with pictures by data set, targets and intervals. about: what
+    the page says before them."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = {key: figure.as_dict() for key, figure in figures.items()}
     document = {"name": name, "machine": machine(), "figures": rows, "tables": tables}
     (folder / "numbers.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
-    targets = {key: row for key, row in rows.items() if row["target"] is not None}
-    cells = [
-        f"<tr><td>{html.escape(key)}</td><td>{row['value']:.4g}</td><td>{row['target']:g}</td>"
-        f"<td>{'holds' if row['holds'] else 'does not hold'}</td></tr>"
-        for key, row in targets.items()
-    ]
-    pictures = [
-        f'<figure><img alt="{html.escape(plot[0])}" src="data:image/png;base64,{drawn(plot)}">'
-        f"<figcaption>{html.escape(plot[0])}</figcaption></figure>"
-        for plot in plots
-    ]
+    sections: dict[str, list[str]] = {}
+    for plot in plots:
+        heading, _, caption = plot[0].partition(": ")
+        text = html.escape(caption or heading)
+        picture = f'<img alt="{text}" src="data:image/png;base64,{drawn(plot)}">'
+        sections.setdefault(heading if caption else "", []).append(
+            f"<figure>{picture}<figcaption>{text}</figcaption></figure>"
+        )
+    shown = "".join(f"<h2>{html.escape(head)}</h2>{''.join(body)}" for head, body in sections.items())
     (folder / "index.html").write_text(
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{name}</title>'
-        f"<h1>{name}</h1><p>Every number is an ESTIMATE, except claims of the accountant.</p>"
-        f"{''.join(pictures)}<table><tr><th>figure</th><th>value</th><th>target</th><th></th></tr>"
-        f"{''.join(cells)}</table></html>",
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{name}</title><style>{STYLE}</style>'
+        f"<h1>{name}</h1><p>{html.escape(about)}</p><p>Every number is an ESTIMATE, except claims of the "
+        f"accountant.</p>{shown}<h2>Targets</h2>{_targets(figures)}"
+        f"<details><summary>All numbers with a 95 % interval</summary>{_intervals(figures)}</details></html>",
         encoding="utf-8",
     )
+
+
+def _targets(figures: Mapping[str, Figure]) -> str:
+    wanted = {key: figure.as_dict() for key, figure in figures.items() if figure.target is not None}
+    cells = [
+        f"<tr><td>{_plain(key)}</td><td>{row['value']:.4g}</td>"
+        f"<td>{'at least' if figures[key].at_least else 'at most'} {row['target']:.4g}</td>"
+        f"<td{'' if row['holds'] else ' class=bad'}>{'holds' if row['holds'] else 'does not hold'}</td></tr>"
+        for key, row in wanted.items()
+    ]
+    return f"<table><tr><th>figure</th><th>value</th><th>target</th><th></th></tr>{''.join(cells)}</table>"
+
+
+def _intervals(figures: Mapping[str, Figure]) -> str:
+    cells = [
+        f"<tr><td>{_plain(key)}</td><td>{figure.value:.4g}</td>"
+        f"<td>[{figures[key + '_low'].value:.4g}, {figures[key + '_high'].value:.4g}]</td></tr>"
+        for key, figure in figures.items()
+        if key + "_low" in figures and key + "_high" in figures
+    ]
+    return f"<table><tr><th>figure</th><th>value</th><th>95 %</th></tr>{''.join(cells)}</table>"
+
+
+def _plain(key: str) -> str:
+    return html.escape(key.replace("_", " "))
 
 
 def keep(folder: Path | None, name: str, figures: Mapping[str, Figure], tables: Mapping[str, Any]) -> None:
@@ -82,12 +119,45 @@ def drawn(plot: Plot) -> str:
     title, kind, series, across, up = plot
     canvas = Canvas(figsize=(6, 4), layout="constrained")
     axes = canvas.subplots()
-    for number, (label, (x, y)) in enumerate(series.items()):
-        marker = "os^Dv<>P"[number % 8]
-        axes.plot(x, y, marker=marker, linestyle="-" if kind == "line" else "", label=label)
-    axes.set(title=title, xlabel=across, ylabel=up)
-    axes.set_xscale("symlog")
-    axes.legend(fontsize="small")
+    axes.set(xlabel=across, ylabel=up)
+    axes.set_title(title.replace("_", " "), fontsize="medium")
+    if kind == "matrix":
+        _matrix(axes, series)
+    else:
+        _lines(axes, kind, series)
     target = io.BytesIO()
     canvas.savefig(target, format="png", dpi=90)
     return base64.b64encode(target.getvalue()).decode()
+
+
+def _lines(axes: Any, kind: str, series: Mapping[str, Any]) -> None:
+    for number, (label, (x, y)) in enumerate(series.items()):
+        marker = "os^Dv<>P"[number % 8]
+        axes.plot(
+            x,
+            y,
+            marker=marker,
+            linestyle="-" if kind == "line" else "",
+            label=label.replace("_", " "),
+            alpha=0.8,
+        )
+    places = [place for x, _ in series.values() for place in x]
+    if not isinstance(places[0], str) and max(places) > 10:
+        axes.set_xscale("symlog")
+    if kind == "points":
+        axes.set_yscale("symlog")
+    axes.legend(fontsize="small")
+
+
+def _matrix(axes: Any, series: Mapping[str, Any]) -> None:
+    """Numbers between -1 and 1 in coloured fields; None stays empty."""
+    columns = list(next(iter(series.values()))[0])
+    values = np.array([[np.nan if value is None else value for value in y] for _, y in series.values()])
+    axes.imshow(values, vmin=-1, vmax=1, cmap="RdBu", aspect="auto")
+    names = [[name.replace("_", " ") for name in some] for some in (columns, series)]
+    axes.set_xticks(range(len(columns)), names[0], rotation=30, ha="right", fontsize="small")
+    axes.set_yticks(range(len(series)), names[1], fontsize="small")
+    for row, column in zip(*np.nonzero(np.isfinite(values)), strict=True):
+        value = values[row, column]
+        colour = "white" if abs(value) > 0.6 else "black"
+        axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize="small", color=colour)

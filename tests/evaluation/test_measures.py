@@ -121,6 +121,9 @@ def test_u_lira_is_calibrated_and_has_power() -> None:
         u_lira(normal((4, 5), 0), normal((4, 5), 1))
     with pytest.raises(UsageError, match="PIA071"):
         klom(normal((8, 5), 0), normal((8, 6), 1))
+    for measure in (u_lira, klom):
+        with pytest.raises(UsageError, match="PIA071"):
+            measure(np.empty((9, 0)), np.empty((9, 0)))
 
 
 def test_modified_entropy_is_its_definition_and_a_row_depends_on_itself_only() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from per_instance_accountant.errors import GuaranteeError, UsageError
@@ -116,8 +117,9 @@ def test_checkpoints_are_those_of_one_run_and_a_course_starts_from_its_end() -> 
 
 def test_contraction_brings_unlearned_and_oracle_together_and_without_it_nothing_does() -> None:
     """Full batch, weight decay, convex: the same noise on both leaves a contracting difference."""
-    training = setting(steps=30, sample_rate=1.0)
-    course = unlearning_course(start(), data(), [[4]], training, seeds=SEEDS, at=[0, 20, 200])
+    training, seeds = setting(steps=30, sample_rate=1.0), (3, 8, 5)
+    models = fresh(nn.Linear(3, 2), seeds)
+    course = unlearning_course(models, data(), [[4]], training, seeds=seeds, at=[0, 20, 200])
     gap = steps_to_oracle(course.unlearned, course.oracle, course.at, 1e-3).gap[0]
     assert abs(gap[0]) > 20 * abs(gap[2])
     biased = course.oracle + 1.0
@@ -156,7 +158,7 @@ def test_steps_to_oracle_by_hand() -> None:
             [1.0, 0.1, 0.9, 0.9],
             [1.0, -1.0, -1.0, -1.0],
         ]
-    )[:, None]
+    )[:, None].repeat(3, 1)
     found = steps_to_oracle(gaps, np.zeros_like(gaps), at, 0.2)
     assert found.settled.tolist() == [0, 2, 8, 8]
     assert found.first.tolist() == [0, 2, 1, 1]
@@ -165,3 +167,43 @@ def test_steps_to_oracle_by_hand() -> None:
     # One-sided, as in "forgotten enough", the over-unlearned request would count as done.
     one_sided = (gaps[:, 0] <= 0.2)[:, -1]
     assert bool(one_sided[3]) and found.settled[3] > at[-1]
+    with pytest.raises(UsageError, match="PIA125"):
+        steps_to_oracle(gaps[:, :2], gaps[:, :2], at, 0.2)
+    with pytest.raises(UsageError, match="PIA071"):
+        steps_to_oracle(gaps[..., None][..., :0], gaps[..., None][..., :0], at, 0.2)
+
+
+def walks(requests: int, seeds: int, looks: int, pull: float = 0.9) -> NDArray[np.float64]:
+    """Noise with memory of one look to the next, as of models that are followed: standard normal at each."""
+    generator = np.random.default_rng(1)
+    values = [generator.normal(size=(requests, seeds))]
+    for _ in range(looks - 1):
+        fresh_noise = np.sqrt(1 - pull**2) * generator.normal(size=(requests, seeds))
+        values.append(pull * values[-1] + fresh_noise)
+    return np.stack(values, 2)
+
+
+@pytest.mark.parametrize("pull", [0.0, 0.9])
+def test_who_left_nothing_takes_no_steps_however_many_looks(pull: float) -> None:
+    """A request within the tolerance takes a step in 5 % of the cases at most. Without the doubt, with a
+    tolerance of twice the standard error, it is the rule."""
+    noise, at = walks(2000, 8, 20, pull), np.arange(20)
+    share = (steps_to_oracle(noise, np.zeros_like(noise), at, 1e-9).settled > 0).mean()
+    assert share < 0.05
+    at_the_edge = noise + 0.3
+    assert (steps_to_oracle(at_the_edge, np.zeros_like(noise), at, 0.3).settled > 0).mean() < 0.05
+    bare = (np.abs(noise.mean(1)) > 2 / np.sqrt(8)).any(1).mean()
+    assert bare > 0.25 > 5 * share
+
+
+def test_more_seeds_come_nearer_to_the_true_steps_from_below() -> None:
+    at = np.arange(40)
+    truth = 2 * np.exp(-at / 8)
+    true_steps = int(at[(truth > 0.1).sum()])
+    means = []
+    for seeds in (4, 32, 1024):
+        unlearned = truth + walks(50, seeds, 40)
+        settled = steps_to_oracle(unlearned, np.zeros_like(unlearned), at, 0.1).settled
+        assert (settled > true_steps).mean() < 0.05
+        means.append(settled.mean())
+    assert means[0] < means[1] < means[2] and means[2] > 0.7 * true_steps

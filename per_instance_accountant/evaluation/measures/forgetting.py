@@ -8,9 +8,17 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import t as student
 
 from per_instance_accountant.errors import UsageError
-from per_instance_accountant.evaluation.measures.intervals import Interval, finite, mean_interval
+from per_instance_accountant.evaluation.measures.intervals import (
+    COVERAGE,
+    FEWEST_SEEDS,
+    Interval,
+    finite,
+    mean_interval,
+    require,
+)
 from per_instance_accountant.evaluation.outcomes import accuracies, margins, mean_loss
 from per_instance_accountant.finetuning.methods import Ensemble, Instances, Schedule, unlearn_ensemble
 from per_instance_accountant.finetuning.methods.records import FineTune
@@ -77,14 +85,17 @@ def forgetting(
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StepsToOracle:
-    """Cost to reach the retrained reference, for R requests. gap: (R, t) mean margin gap, unlearned
-    minus oracle. settled: (R,) first look from which on ``|gap| <= tolerance`` holds to the end. first:
-    (R,) first look at which it holds, or before which the gap changed its sign: whoever can stop may
-    stop there. Both twice the last look where that never happens. over: (R,) whether the gap ends below
-    ``-tolerance``: over-unlearned."""
+    """Cost to reach the retrained reference, for R requests: lower limits, which more seeds raise.
+
+    gap: (R, t) mean margin gap, unlearned minus oracle. doubt: (R, t) half the width of its interval,
+    95 % for all looks of a request together. A look shows a difference where ``|gap| > tolerance +
+    doubt``. settled: (R,) first look from which on none does. first: (R,) first look that shows none, or
+    before which the gap changed its sign: whoever can stop may stop there. Both twice the last look
+    where that never happens. over: (R,) whether the last look shows a gap below 0: over-unlearned."""
 
     at: NDArray[np.int64]
     gap: Reals
+    doubt: Reals
     settled: NDArray[np.int64]
     first: NDArray[np.int64]
     over: NDArray[np.bool_]
@@ -105,26 +116,35 @@ class StepsToOracle:
 def steps_to_oracle(
     unlearned: ArrayLike, oracle: ArrayLike, at: ArrayLike, tolerance: float
 ) -> StepsToOracle:
-    """Steps until requests look as they do to retrained models.
+    """Steps until no difference between the requests and what they are to retrained models is seen.
 
     unlearned, oracle: (R, S, t) margins after ``at`` (t,) steps, averaged over the S seeds; further
-    dimensions (instances of a request) are averaged as well. Raises UsageError PIA071, PIA070,
-    GuaranteeError PIA011.
+    dimensions (instances of a request) are averaged as well. tolerance: difference in nats that is of no
+    consequence. A request whose true gap stays within it gets a step with probability 5 % at most, however
+    many looks there are, if gaps are normal over seeds (Student intervals, Bonferroni over the looks).
+    Raises UsageError PIA071, PIA125 for fewer than 3 seeds, GuaranteeError PIA011.
 
-    >>> steps_to_oracle([[[1.0, 0.4, 0.0]]], [[[0.0, 0.0, 0.0]]], [0, 10, 20], 0.5).settled.tolist()
+    >>> retrained = np.zeros((1, 3, 3))
+    >>> steps_to_oracle(retrained + [1.0, 0.4, 0.0], retrained, [0, 10, 20], 0.5).settled.tolist()
     [10]
     """
     first, second = finite(unlearned, "margins"), finite(oracle, "margins")
     looks = np.asarray(at, dtype=np.int64)
-    if first.shape != second.shape or first.ndim < 3 or first.shape[2] != looks.size or not tolerance > 0:
+    fits = first.shape == second.shape and first.ndim > 2 and first.size and first.shape[2] == looks.size
+    if not fits or not tolerance > 0:
         raise UsageError(
             "PIA071",
             f"margins of shapes {first.shape} and {second.shape}, {looks.size} looks, tolerance {tolerance}",
             "No number of steps can be read off them",
             "steps_to_oracle(course.unlearned, course.oracle, course.at, tolerance=0.05)",
         )
-    gap = (first - second).reshape(*first.shape[:3], -1).mean((1, 3))
-    within = np.abs(gap) <= tolerance
+    gaps = (first - second).reshape(*first.shape[:3], -1).mean(3)
+    count = gaps.shape[1]
+    require(count, FEWEST_SEEDS, "seeds", "seeds=range(8)")
+    gap = gaps.mean(1)
+    quantile = float(student.ppf(1 - (1 - COVERAGE) / (2 * looks.size), count - 1))
+    doubt = quantile * gaps.std(1, ddof=1) / np.sqrt(count)
+    within = np.abs(gap) <= tolerance + doubt
     crossed = within.copy()
     crossed[:, 1:] |= np.sign(gap[:, 1:]) * np.sign(gap[:, :-1]) < 0
     beyond = np.append(looks, 2 * looks[-1])
@@ -133,9 +153,10 @@ def steps_to_oracle(
     return StepsToOracle(
         at=looks,
         gap=gap,
+        doubt=doubt,
         settled=beyond[since],
         first=beyond[reached],
-        over=gap[:, -1] < -tolerance,
+        over=gap[:, -1] < -tolerance - doubt[:, -1],
         tolerance=tolerance,
     )
 

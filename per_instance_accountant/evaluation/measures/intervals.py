@@ -59,13 +59,14 @@ def finite(values: ArrayLike, what: str) -> Reals:
 def model_pairs(unlearned: ArrayLike, oracle: ArrayLike, *, call: str, seeds: int) -> tuple[Reals, Reals]:
     """Both sides (K, n) as float64, model k of both together. call, seeds: for the advice of the errors.
 
-    Raises UsageError PIA071 for other shapes, PIA125 for fewer than 8 models, GuaranteeError PIA011.
+    Raises UsageError PIA071 for other shapes or no instance, PIA125 for fewer than 8 models,
+    GuaranteeError PIA011.
     """
     first, second = finite(unlearned, "margins"), finite(oracle, "margins")
-    if first.ndim != 2 or first.shape != second.shape:
+    if first.ndim != 2 or first.shape != second.shape or not first.shape[1]:
         raise UsageError(
             "PIA071",
-            f"margins of shapes {first.shape} and {second.shape}, expected the same (models, instances)",
+            f"margins of shapes {first.shape} and {second.shape}, expected the same (models, instances >= 1)",
             "Unlearned and retrained models cannot be compared",
             f"{call}(margins(unlearned, forget), margins(oracle, forget))",
         )
