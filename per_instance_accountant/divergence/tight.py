@@ -65,7 +65,7 @@ class _Runs:
     @property
     def mu(self) -> Floats:
         """(n,) Gaussian-DP parameter without sampling, rounded up: an upper bound for every rate."""
-        top = self.ratios.max()
+        top = self.ratios.max(initial=np.finfo(np.float64).tiny)
         # Squares of tiny ratios would underflow.
         scaled = np.sqrt(self.counts @ (self.ratios / top) ** 2) * (1 + (self.ratios.size + 8) * UNIT)
         return np.asarray(np.nextafter(scaled * top, np.inf))
