@@ -55,6 +55,7 @@ def check(
         for v in report.verdicts
     ]
     failures = [f"{v.law}: {v.what}\n  smallest input: {v.smallest}" for v in report.broken]
+    failures += [f"{v.law}: {v.what} (--law-seconds, --examples)" for v in report.unfinished]
     summary = (
         f"{len(report.ran)} laws run, {len(report.broken)} broken, "
         f"{len(report.verdicts) - len(report.ran)} not applicable, {report.examples} examples"

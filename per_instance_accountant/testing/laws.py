@@ -31,8 +31,8 @@ REFUSALS: Final = (ValueError, TypeError, ArithmeticError, NotImplementedError)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """Outcome of one law. status: ``"held"``, ``"broken"``, or ``"not applicable"`` with the reason in
-    ``what``.
+    """Outcome of one law. status: ``"held"``, ``"broken"``, ``"unfinished"`` (out of time), or ``"not
+    applicable"`` with the reason in ``what``.
 
     examples: inputs at which the law was decided. refused: inputs that the accountant refused, as it may.
     smallest: the smallest failing input, written out. seconds: CPU time.

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -93,7 +94,7 @@ def _with(check: Check, examples: int | None) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """Verdicts on one accountant. ``ok``: at least one law held, and none is broken."""
+    """Verdicts on one accountant. ``ok``: at least one law held, none is broken, and none ran out of time."""
 
     accountant: str
     verdicts: tuple[Verdict, ...]
@@ -102,6 +103,11 @@ class Report:
     def broken(self) -> tuple[Verdict, ...]:
         """Verdicts of the laws that do not hold."""
         return tuple(v for v in self.verdicts if v.status == "broken")
+
+    @property
+    def unfinished(self) -> tuple[Verdict, ...]:
+        """Verdicts of the laws that held at all inputs there was time for, fewer than asked."""
+        return tuple(v for v in self.verdicts if v.status == "unfinished")
 
     @property
     def ran(self) -> tuple[Verdict, ...]:
@@ -116,7 +122,7 @@ class Report:
     @property
     def ok(self) -> bool:
         """Whether something was checked and everything that was holds."""
-        return bool(self.ran) and self.examples > 0 and not self.broken
+        return bool(self.ran) and self.examples > 0 and not self.broken and not self.unfinished
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
@@ -184,10 +190,10 @@ def watch_checks(
 ) -> Report:
     """Ask the laws of ``module:accountant`` in another process, which is killed where it hangs.
 
-    follow: called with each verdict as it comes. law_seconds: wall-clock time of one law, after which it
-    counts as broken at the input it was tried at, and the next law is asked in a new process, but none after
-    ``GIVE_UP`` such laws. Memory of that process is limited to 8 GiB. Raises UsageError PIA070 or PIA071 if
-    the reference names no accountant.
+    follow: called with each verdict as it comes. law_seconds: wall-clock time of one law, after which the
+    next one is asked in a new process. A law whose last call did not return counts as broken at its input,
+    and none is asked after ``GIVE_UP`` such laws; one that was still getting on is unfinished. Memory of that
+    process is limited to 8 GiB. Raises UsageError PIA070 or PIA071 if the reference names no accountant.
     """
     left = [check.law.name for check in named(laws)]
     verdicts: list[Verdict] = []
@@ -205,7 +211,7 @@ def watch_checks(
                 follow(verdicts[-1])
         if left:
             verdicts.append(child.end(left.pop(0), law_seconds))
-            stopped += child.timed_out
+            stopped += child.timed_out and verdicts[-1].status == "broken"
             follow(verdicts[-1])
         if stopped == GIVE_UP:
             verdicts += [Verdict(law=law, status="not applicable", what=_NOT_ASKED) for law in left]
@@ -231,7 +237,7 @@ class _Child:
             stderr=subprocess.DEVNULL,
             text=True,
         )
-        self.timed_out = False
+        self.timed_out, self.idle, self.patience = False, 0.0, seconds
 
     def lines(self, law_seconds: float) -> Iterator[dict[str, Any]]:
         """Lines as they come; the process is killed when none comes in time."""
@@ -247,13 +253,17 @@ class _Child:
         self.process.wait()
 
     def _kill(self) -> None:
+        self.idle = time.time() - os.stat(self.place.name).st_mtime
         self.timed_out = True
         self.process.kill()
 
     def end(self, law: str, law_seconds: float) -> Verdict:
         """The verdict on the law during which the process ended."""
         count, _, smallest = self.place.read().partition("\n")
-        what = f"a call did not return; stopped after {law_seconds:g} s"
+        what, status = f"a call did not return; stopped after {law_seconds:g} s", "broken"
+        if self.timed_out and self.idle < min(self.patience, law_seconds / 2):
+            # Inputs were still coming: the law is slow, or many inputs were asked for.
+            what, status = f"no input broke it in {law_seconds:g} s; give it more, or ask fewer", "unfinished"
         if not self.timed_out:
             code = self.process.returncode
             how = f"ended with code {code}"
@@ -262,7 +272,7 @@ class _Child:
             what = f"the process {how} before it answered"
         return Verdict(
             law=law,
-            status="broken",
+            status=status,
             examples=int(count or 0),
             smallest=smallest or "before the first input",
             what=what,

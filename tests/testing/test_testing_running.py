@@ -55,6 +55,20 @@ def test_an_accountant_that_always_hangs_is_given_up(tmp_path):
         watch_checks(f"{tmp_path / 'hanging.py'}:NoLicence")
 
 
+def test_a_law_that_is_slow_is_unfinished_and_neither_held_nor_broken(tmp_path):
+    (tmp_path / "slow.py").write_text(
+        "import time\nfrom per_instance_accountant.testing.accountants import RenyiAccountant\n"
+        "class Slow(RenyiAccountant):\n"
+        "    def step(self, **named): time.sleep(0.05); super().step(**named)\n"
+    )
+    laws = ["no_steps_cost_nothing", "steps_are_counted"]
+    report = watch_checks(f"{tmp_path / 'slow.py'}:Slow", laws=laws, examples=5000, law_seconds=4)
+    assert "unfinished" in {v.status for v in report.verdicts} and not report.broken
+    assert not report.ok and report.unfinished[0].examples > 5
+    done = pia(f"{tmp_path / 'slow.py'}:Slow", "--law", laws[1], "--examples", "5000", "--law-seconds", "4")
+    assert done.exit_code == 1 and "--law-seconds" in done.output
+
+
 def test_a_process_that_ends_is_a_failure(seeded_file):
     report = watch_checks(f"{seeded_file}:EndsTheProcess", laws=[*NAN, "steps_are_counted"])
     assert [v.status for v in report.verdicts] == ["broken", "held"]
