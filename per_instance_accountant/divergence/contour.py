@@ -24,8 +24,8 @@ Floats = NDArray[np.float64]
 
 UNIT: Final = float(np.finfo(np.float64).eps) / 2
 _REACH: Final = 9.5
-_CUT: Final = 45.0
-"""Terms below ``exp(-_CUT)`` of the largest are dropped, and windows end where the integrand is that
+CUT: Final = 45.0
+"""Terms below ``exp(-CUT)`` of the largest are dropped, and windows end where the integrand is that
 small."""
 _ACCURACY: Final = 40.0
 """The strip bound of the quadrature error is kept below ``exp(-_ACCURACY)``."""
@@ -36,7 +36,7 @@ _LONGEST: Final = 60_000
 _BLOCK: Final = 150_000
 _POWERS: Final = 22
 """``(pi / 2)^22 / 22! < 2e-17`` bounds what the series of an exponential leaves out."""
-_TRANSFORM: Final = 1200
+TRANSFORM: Final = 1200
 """Units in the last place that a Fourier transform of up to 2^17 bins and the series may lose."""
 _LOG_SQRT_2PI: Final = 0.5 * math.log(2 * math.pi)
 
@@ -59,6 +59,11 @@ class Line:
     second: Floats
     fourth: Floats
     log_variation: Floats
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the part that grows with n."""
+        return self.log_moment.nbytes
 
     @property
     def nodes(self) -> NDArray[np.complex128]:
@@ -188,7 +193,7 @@ def _block(
     log_ratio = _log_ratio(q, a, z)
     weight = beta * log_ratio - z * z / 2
     peak = weight.max(axis=1)
-    kept = (weight > peak[:, None] - _CUT).any(axis=0)
+    kept = (weight > peak[:, None] - CUT).any(axis=0)
     z, log_ratio, weight = z[kept], log_ratio[:, kept], np.exp(weight[:, kept] - peak[:, None])
     total = weight.sum(axis=1)
     base = peak + np.log(total) + math.log(lattice[0][1] - lattice[0][0]) - _LOG_SQRT_2PI
@@ -199,9 +204,9 @@ def _block(
     tiny = np.abs(relative) < 1e-18
     log_moment = base[:, None] + np.log(np.where(tiny, 1e-18, relative))
     error = _rounding(q, a, z, log_ratio, weight, abs(beta) + spacing * count) + lattice[0].size * (
-        UNIT + math.exp(-_CUT)
+        UNIT + math.exp(-CUT)
     )
-    error += _TRANSFORM * UNIT
+    error += TRANSFORM * UNIT
     if count == 1:
         # A single real point has no frequencies beyond it: nothing is known, and nothing is needed.
         unknown = np.zeros((a.size, _WINDOWS.size))
@@ -268,7 +273,7 @@ def _spread(
     window = weight[:, None, :] * np.exp(-0.5 * _WINDOWS[:, None] * (centre * centre)[:, None, :])
     power = distance[:, None, :]
     m0, m1, m2, m3, m4 = ((window * power**i).sum(axis=2) for i in range(5))
-    error = np.exp(log_strip) + z.size * (UNIT * 64 + math.exp(-_CUT))
+    error = np.exp(log_strip) + z.size * (UNIT * 64 + math.exp(-CUT))
     reach = np.abs(distance).max(axis=1)[:, None] + 2 * a[:, None] * height
     second = 2 * (m2 * m0 - m1 * m1) - 8 * error * reach**2
     fourth = 2 * m4 * m0 - 8 * m3 * m1 + 6 * m2 * m2 + 32 * error * reach**4

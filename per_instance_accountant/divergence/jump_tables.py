@@ -8,17 +8,16 @@ infinite loss. Derivation: docs/math/tight_epsilon.md.
 from __future__ import annotations
 
 import math
-import threading
-from collections import OrderedDict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from per_instance_accountant.divergence.contour import UNIT, fourier_sums
+from per_instance_accountant.divergence.contour import CUT, TRANSFORM, UNIT, fourier_sums
 from per_instance_accountant.divergence.dots import COARSE, addition, cells_below, removal
+from per_instance_accountant.divergence.recent import Recent
 
 Floats = NDArray[np.float64]
 Amplitudes = NDArray[np.complex128]
@@ -27,10 +26,7 @@ RUNGS: Final = 2.0 ** (np.arange(-10, 41) / 2)
 """Abscissas: 1 / 32 to 2^20, by half octaves."""
 RUNG_COSTS: Final = RUNGS * np.log(RUNGS) - (1 + RUNGS) * np.log1p(RUNGS)
 """``log max_x exp(-c x) (1 - exp(-x))``."""
-_CUT: Final = 45.0
 _FAINT: Final = 1e-18
-_TRANSFORM: Final = 1200
-_CACHED_BYTES: Final = 3 << 28
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,43 +79,17 @@ class Line:
     error_jumps: float
 
     @property
-    def size(self) -> int:
+    def nbytes(self) -> int:
         return self.rest.nbytes + (0 if self.jumps is None else self.jumps.nbytes)
 
 
-@dataclass(slots=True)
-class _Cache:
-    """The lines used last, up to a number of bytes."""
-
-    kept: OrderedDict[tuple[Any, ...], Line] = field(default_factory=OrderedDict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    size: int = 0
-
-    def look_up(self, key: tuple[Any, ...]) -> Line | None:
-        with self.lock:
-            if key in self.kept:
-                self.kept.move_to_end(key)
-            return self.kept.get(key)
-
-    def keep(self, key: tuple[Any, ...], line: Line) -> None:
-        with self.lock:
-            if key not in self.kept:
-                self.kept[key], self.size = line, self.size + line.size
-            while self.size > _CACHED_BYTES:
-                self.size -= self.kept.popitem(last=False)[1].size
-
-
-_cache = _Cache()
+_recent: Recent[Line] = Recent(3 << 28)
 
 
 def tabulate_parts(part: Part, abscissa: float, spacing: float, count: int) -> Line:
     """On ``abscissa + i spacing m``, ``m < count``: the rest, and the jumps too if the part is theirs."""
-    key = (part, abscissa, spacing, count)
-    line = _cache.look_up(key)
-    if line is None:
-        line = _tabulate(part, (abscissa, spacing, count))
-        _cache.keep(key, line)
-    return line
+    nodes = (abscissa, spacing, count)
+    return _recent.get((part, nodes), lambda: _tabulate(part, nodes))
 
 
 def _tabulate(part: Part, nodes: tuple[float, float, int]) -> Line:
@@ -143,7 +113,7 @@ def _transform(
     loss = loss[kept]
     weight = abscissa * loss + np.log(mass[kept])
     peak = float(weight.max())
-    near = weight > peak - _CUT
+    near = weight > peak - CUT
     loss, weight = loss[near], np.exp(weight[near] - peak)
     total = float(weight.sum())
     weight /= total
@@ -151,7 +121,7 @@ def _transform(
     relative[0] = 1.0
     # A loss is multiplied by at most |s|, and rounded once in the exponent and once in the angle.
     each = 16 + 8 * (abscissa + spacing * count) * np.abs(loss)
-    error = UNIT * (float(weight @ each) + _TRANSFORM + mass.size) + mass.size * math.exp(-_CUT)
+    error = UNIT * (float(weight @ each) + TRANSFORM + mass.size) + mass.size * math.exp(-CUT)
     return relative, peak + math.log(total), error * (1 + 1e-9)
 
 

@@ -19,7 +19,7 @@ from scipy.special import log_ndtr, ndtr
 
 from per_instance_accountant.divergence.dots import place_of, representable
 from per_instance_accountant.divergence.parted import Runs, Total, enough
-from per_instance_accountant.divergence.tails import Known, Levels, invert
+from per_instance_accountant.divergence.tails import Known, Levels, invert, raised_delta
 
 Floats = NDArray[np.float64]
 
@@ -82,11 +82,9 @@ class _Delta:
 
     def solve(self, total: Total, at: Floats, goal: Floats, floor: Floats) -> _Solved:
         log_value, slope, share = total.at(np.full(at.size, self.epsilon))
-        value = np.exp(log_value + 1e-11)
-        value = np.where(np.isfinite(value), np.maximum(value, np.nextafter(0.0, 1.0)), np.inf)
         raised = _raised(total, slope, share)
         loose = ~(raised <= enough(at)) & ~(raised * -slope <= 1e-3)
-        return value, at, np.clip(log_value, _LEAST, 0.0), loose
+        return raised_delta(log_value), at, np.clip(log_value, _LEAST, 0.0), loose
 
 
 def _raised(total: Total, slope: Floats, share: Floats) -> Floats:

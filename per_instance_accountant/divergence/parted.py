@@ -27,7 +27,7 @@ from per_instance_accountant.divergence.jump_tables import (
     log_moments,
     tabulate_parts,
 )
-from per_instance_accountant.divergence.tails import Levels, Tail
+from per_instance_accountant.divergence.tails import Levels, Tail, node_weights, product
 
 Floats = NDArray[np.float64]
 Places = NDArray[np.int64]
@@ -151,10 +151,10 @@ class Runs:
         error = np.array([one.error_rest for one in lines])
         log_scale = counts @ np.array([one.base for one in lines])
         size, inexact = counts @ (np.abs(rest).max(axis=1) + 1), counts @ error
-        amplitude = np.exp(_product(counts, rest))
+        amplitude = np.exp(product(counts, rest))
         if jumps:
             steps = np.stack([one.jumps for one in lines if one.jumps is not None])
-            log_jumps = _product(counts, steps)
+            log_jumps = product(counts, steps)
             expected = log_jumps[:, 0].real
             whole = np.expm1(expected)
             size += counts @ np.abs(steps).max(axis=1)
@@ -162,8 +162,8 @@ class Runs:
             amplitude, log_scale = amplitude * _expm1(log_jumps) / whole[:, None], log_scale + np.log(whole)
         size += 2 * largest * spacing * count + 64
         inexact += 16 * UNIT * (counts.shape[1] + 2 * math.isqrt(count) + 16 + size)
-        nodes = c + 1j * spacing * np.arange(count)
-        weight = np.where(nodes.imag > 0, spacing / math.pi, spacing / (2 * math.pi)) / (nodes * (nodes + 1))
+        nodes = np.asarray(c + 1j * spacing * np.arange(count), np.complex128)
+        weight = node_weights(nodes, spacing)
         return Tail(
             abscissa=c,
             period=2 * math.pi / spacing,
@@ -231,10 +231,6 @@ def _line(logs: Floats, at: Floats, goal: Floats, finer: Places) -> list[Floats]
         np.where(cheap, 0, turns),
     )
     return [column.astype(np.float64) for column in columns]
-
-
-def _product(counts: Floats, logs: Amplitudes) -> Amplitudes:
-    return np.asarray((counts @ logs.real) + 1j * (counts @ logs.imag))
 
 
 def _expm1(x: Amplitudes) -> Amplitudes:

@@ -12,17 +12,16 @@ many nodes are used decides how tight the bound is, never whether it holds.
 from __future__ import annotations
 
 import math
-import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from per_instance_accountant.divergence.contour import UNIT, Line, tabulate
+from per_instance_accountant.divergence.recent import Recent
 from per_instance_accountant.divergence.sampled_gaussian import sampled_gaussian_rdp
 
 Floats = NDArray[np.float64]
@@ -41,7 +40,6 @@ _CHERNOFF: Final = _LADDER * np.log(_LADDER) - (1 + _LADDER) * np.log1p(_LADDER)
 """``log max_x exp(-c x) (1 - exp(-x))``: so delta(epsilon) <= exp(K(c) - c epsilon + this)."""
 _GROUP: Final = 8
 """Levels tabulated together, whichever of them a run uses: tables then serve later runs bit for bit."""
-_CACHED_BYTES: Final = 1 << 28
 _AT_ONCE: Final = 1 << 22
 """Amplitudes held at once."""
 _ATTEMPTS: Final = 10
@@ -107,9 +105,9 @@ def make_tail(
     decay = counts @ line.log_decay(edges)
     # sum of spacing / w^2 over the nodes from an edge on is at most 1 / (edge - spacing).
     share = 1 / (math.pi * (edges[:-1] - spacing))
-    log_moment = (counts @ line.log_moment.real) + 1j * (counts @ line.log_moment.imag)
+    log_moment = product(counts, line.log_moment)
     log_scale = log_moment[:, 0].real.copy()
-    weight = np.where(nodes.imag > 0, spacing / math.pi, spacing / (2 * math.pi)) / (nodes * (nodes + 1))
+    weight = node_weights(nodes, spacing)
     truncated = np.exp(decay) @ share
     size = counts @ np.abs(line.log_moment).max(axis=1) + 4 * depth * abs(nodes[-1]) / abscissa + 64
     # Sums over the levels, and over the nodes in two stages of at most the root of their number.
@@ -124,6 +122,23 @@ def make_tail(
     )
 
 
+def product(counts: Floats, logs: NDArray[np.complex128]) -> NDArray[np.complex128]:
+    """Real times complex, without the zeros of the counts' imaginary parts."""
+    return np.asarray((counts @ logs.real) + 1j * (counts @ logs.imag))
+
+
+def node_weights(nodes: NDArray[np.complex128], spacing: float) -> NDArray[np.complex128]:
+    """(n,) weights of the trapezoidal rule; the real node counts half, others stand for two."""
+    width = np.where(nodes.imag > 0, spacing / math.pi, spacing / (2 * math.pi))
+    return np.asarray(width / (nodes * (nodes + 1)))
+
+
+def raised_delta(log_value: Floats) -> Floats:
+    """delta of a bound of its logarithm, above the rounding of that and above 0; inf for none."""
+    value = np.exp(log_value + 1e-11)
+    return np.where(np.isfinite(value), np.maximum(value, np.nextafter(0.0, 1.0)), np.inf)
+
+
 def _line(levels: Levels, used: NDArray[np.intp], key: tuple[float, float, int, bool]) -> Line:
     """The tables of the levels ``used`` on one line."""
     groups = [_tables(levels, int(group), key) for group in np.unique(used // _GROUP)]
@@ -134,27 +149,17 @@ def _line(levels: Levels, used: NDArray[np.intp], key: tuple[float, float, int, 
     return Line(abscissa=key[0], spacing=key[1], **columns)
 
 
-_cache: OrderedDict[tuple[Any, ...], Line] = OrderedDict()
-_cache_lock = threading.Lock()
+_recent: Recent[Line] = Recent(1 << 28)
 
 
 def _tables(levels: Levels, group: int, key: tuple[float, float, int, bool]) -> Line:
     part = slice(group * _GROUP, (group + 1) * _GROUP)
     rates, ratios = levels[0][part], levels[1][part]
-    known = (rates.tobytes(), ratios.tobytes(), *key)
-    with _cache_lock:
-        line = _cache.pop(known, None)
-        if line is not None:
-            _cache[known] = line
-            return line
     abscissa, spacing, count, add = key
-    line = tabulate(rates, ratios, abscissa, spacing, count, add=add)
-    with _cache_lock:
-        _cache[known] = line
-        size = sum(cached.log_moment.nbytes for cached in _cache.values())
-        while size > _CACHED_BYTES:
-            size -= _cache.popitem(last=False)[1].log_moment.nbytes
-    return line
+    return _recent.get(
+        (rates.tobytes(), ratios.tobytes(), *key),
+        lambda: tabulate(rates, ratios, abscissa, spacing, count, add=add),
+    )
 
 
 @lru_cache(maxsize=8)
@@ -203,9 +208,7 @@ def line_deltas(
     def solve(tail: Tail, rows: NDArray[np.intp]) -> _Found:
         target = np.full(rows.size, epsilon)
         log_value, _, share = tail.at(target)
-        value = np.exp(log_value + 1e-11)
-        value = np.where(np.isfinite(value), np.maximum(value, np.nextafter(0.0, 1.0)), np.inf)
-        return _Found(value=value, epsilon=target, log_delta=log_value, waste=share)
+        return _Found(value=raised_delta(log_value), epsilon=target, log_delta=log_value, waste=share)
 
     # Powers of 2, so that few tables are made.
     depth = 2.0 ** np.ceil(np.log2(5 - np.log(np.maximum(start, 1e-290))))

@@ -116,7 +116,7 @@ def test_one_step_against_its_closed_form(case: tuple[float, float, float]) -> N
 
 def forget() -> None:
     """Nothing that was made before."""
-    jump_tables._cache.kept.clear()
+    jump_tables._recent.clear()
     jump_tables.beyond.cache_clear()
 
 
