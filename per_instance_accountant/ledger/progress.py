@@ -199,7 +199,7 @@ class Progress:
             return
         self._check_positions(positions)
         # Written as what must hold, so that NaN fails it.
-        if not (contributions.min() >= 0 and contributions.max() < math.inf):
+        if not (np.minimum.reduce(contributions) >= 0 and np.maximum.reduce(contributions) < math.inf):
             raise UsageError(
                 "PIA070",
                 "a contribution is negative, NaN or infinite",
@@ -229,7 +229,7 @@ class Progress:
         self.pending = False
 
     def _check_positions(self, positions: NDArray[np.int64]) -> None:
-        rising = bool((positions[1:] > positions[:-1]).all())  # As most samplers deliver them.
+        rising = bool(np.logical_and.reduce(positions[1:] > positions[:-1]))  # As most samplers deliver them.
         low, high = (positions[0], positions[-1]) if rising else (positions.min(), positions.max())
         if low < 0 or high >= self.num_instances:
             raise _contradiction(

@@ -85,43 +85,50 @@ class NoiseSessions:
         """Block of a generator's numbers -> position up to which noise of this session has used it."""
         self._first: list[bytes] = []
         self._began, self._block = False, b""
+        self._left: bytes | None = None
+        """The state that the last noise left behind."""
 
     def check(self, optimizer: Any) -> None:
         """Before noise is drawn. Raises GuaranteeError PIA091; nothing was released then."""
         if not _draws(optimizer):
             return
-        state = _random_state(optimizer)
-        digest, (block, position) = _digest(state), _place(state)
-        if digest in self._drawn or position < self._reached.get(block, 0):
+        self._take_note()
+        mark, block, position = _place(_random_state(optimizer))
+        if mark in self._drawn or position < self._reached.get(block, 0):
             raise GuaranteeError(
                 "PIA091",
                 "the random state is one that noise of this run was drawn from before",
                 "The same noise twice cancels in the difference of two releases, which then has none",
                 "torch.seed() once after resuming, no torch.manual_seed(...) in the loop; engine.abandon()",
             )
-        self._drawn.add(digest)
+        self._drawn.add(mark)
         self._block = block
         if not self._began:
-            self._first.append(digest)
+            self._first.append(mark)
         self._began = True
 
     def drawn(self, optimizer: Any) -> None:
         """After noise was drawn: what it used is not to be used again, not even a part of it."""
-        if not _draws(optimizer):
+        if _draws(optimizer):
+            self._left = _random_state(optimizer)
+
+    def _take_note(self) -> None:
+        if self._left is None:
             return
-        block, position = _place(_random_state(optimizer))
+        _, block, position = _place(self._left)
+        self._left = None
         if block != self._block:
             self._reached[self._block] = float("inf")
         self._reached[block] = position
 
     def state(self) -> list[str]:
         """Where every session so far began, for a checkpoint."""
-        return [digest.hex() for digest in self._first]
+        return [mark.hex() for mark in self._first]
 
     def resume(self, state: Sequence[str]) -> None:
         """A new session begins, after those of a checkpoint."""
-        earlier = [bytes.fromhex(digest) for digest in state]
-        self._first = [*self._first, *(digest for digest in earlier if digest not in self._first)]
+        earlier = [bytes.fromhex(mark) for mark in state]
+        self._first = [*self._first, *(mark for mark in earlier if mark not in self._first)]
         self._drawn.update(earlier)
         self._began = False
 
@@ -147,22 +154,28 @@ def _digest(state: bytes) -> bytes:
 
 MERSENNE, PHILOX = 5056, 16
 """Sizes of the states of torch's generators for CPU and CUDA."""
+_WORDS, _NORMALS = slice(24, 24 + 8 * 8), 24 + 8 * 624
+"""The first 8 of the 624 words of a Mersenne twister's block, which tell it from others; what follows
+them."""
 
 
-def _place(state: bytes) -> tuple[bytes, int]:
-    """The block of numbers that the generator is in, and its position there.
+def _place(state: bytes) -> tuple[bytes, bytes, int]:
+    """What tells a state from all others, the block of numbers that the generator is in, and its position
+    there.
 
-    Mersenne twister: seed, words left plus one, position, 624 words. Philox: seed and offset. Of other
+    Equal states and equal blocks always look equal, different ones never but by chance. Mersenne twister:
+    seed, words left plus one, position, 624 words, cached normals. Philox: seed and offset. Of other
     generators nothing is known but their whole state.
     """
+    mark = _digest(state if len(state) != MERSENNE else state[: _WORDS.stop] + state[_NORMALS:])
     if len(state) == MERSENNE and int.from_bytes(state[8:12], "little") == 1:
         # Nothing is left, as after a seed: what is drawn next comes from the block that follows.
         ahead = torch.Generator()
         ahead.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
         torch.rand(1, generator=ahead)
-        return _digest(ahead.get_state().numpy().tobytes()[24:5016]), 0
+        return mark, ahead.get_state().numpy().tobytes()[_WORDS], 0
     if len(state) == MERSENNE:
-        return _digest(state[24:5016]), int.from_bytes(state[16:24], "little")
+        return mark, state[_WORDS], int.from_bytes(state[16:24], "little")
     if len(state) == PHILOX:
-        return state[:8], int.from_bytes(state[8:], "little")
-    return _digest(state), 0
+        return mark, state[:8], int.from_bytes(state[8:], "little")
+    return mark, mark, 0

@@ -11,7 +11,7 @@ from opacus.grad_sample.functorch import ft_compute_per_sample_gradient
 from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
 
 from per_instance_accountant.errors import AlignmentError, UnsupportedError
-from per_instance_accountant.opacus_adapter.clipping import NORM_SLACK, check_counts, row_squares
+from per_instance_accountant.opacus_adapter.clipping import NORM_SLACK, check_counts, row_norms
 from per_instance_accountant.opacus_adapter.ranks import SHARDED
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def _float64_norms(sampler: Sampler, layer: Any, activations: Any, backprops: to
 def _block_norms(sampler: Sampler, layer: Any, activations: Any, backprops: torch.Tensor) -> Gradients:
     _refuse_low_precision(backprops, *activations)
     found = sampler(layer, activations, backprops)
-    return {p: row_squares([gradient]).sqrt() for p, gradient in found.items()}
+    return {p: row_norms([gradient]) for p, gradient in found.items()}
 
 
 def linear_norms(

@@ -25,6 +25,7 @@ from per_instance_accountant.opacus_adapter.adaptive import CountQuery
 from per_instance_accountant.opacus_adapter.clipping import (
     check_counts,
     check_precision,
+    clipped_sum,
     instance_norms,
     layer_factors,
     layer_factors_on_device,
@@ -100,7 +101,7 @@ class TrackedOptimizer(DPOptimizer):
             key = (id(own), gradient.device, gradient.dtype)
             if key not in moved:
                 moved[key] = own.to(device=gradient.device, dtype=gradient.dtype)
-            total = torch.einsum("i,i...", moved[key], gradient)
+            total = clipped_sum(moved[key], gradient)
             if p.summed_grad is None:
                 p.summed_grad = total
             else:
@@ -110,9 +111,10 @@ class TrackedOptimizer(DPOptimizer):
 
     def _fresh_gradients(self) -> list[torch.Tensor]:
         """One (B, ...) tensor for each parameter. An empty batch needs no backward pass."""
+        empty = self.tracker.batch_is_empty
         for p in self.params:
             sample = getattr(p, "grad_sample", None)
-            if self.tracker.batch_is_empty and (sample is None or self.has_stand_in):
+            if empty and (sample is None or self.has_stand_in):
                 p.grad_sample = sample = torch.zeros((0, *p.shape), dtype=p.dtype, device=p.device)
             parts = sample if isinstance(sample, list) else [sample]
             if sample is None or any(hasattr(part, "_processed") for part in parts):

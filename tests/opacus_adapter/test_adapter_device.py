@@ -74,14 +74,14 @@ def test_seeded_bug_a_wait_for_every_instance_is_caught(start, stock, monkeypatc
 
     from per_instance_accountant.opacus_adapter import clipping
 
-    squares = clipping.row_squares
+    norms = clipping.row_norms
 
     def slow(gradients):
         for gradient in gradients:
             chatty(gradient)
-        return squares(gradients)
+        return norms(gradients)
 
-    monkeypatch.setattr(clipping, "row_squares", slow)
+    monkeypatch.setattr(clipping, "row_norms", slow)
     ours, theirs = waits_of_a_step(start, stock, monkeypatch, engine, "hooks")
     assert ours["item"] > theirs["item"]
 
