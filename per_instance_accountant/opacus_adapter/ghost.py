@@ -227,7 +227,8 @@ def ghost_norms(module: Any) -> torch.Tensor:
     """
     # Asked anew: a layer that was unfrozen after wrapping would be released without having been clipped.
     core: Any = module._module
-    parameters = [p for p in core.parameters() if p.requires_grad]
+    owned = list(core.parameters())
+    parameters = [p for p in owned if p.requires_grad]
     parts: list[torch.Tensor] = [
         p._norm_sample for p in parameters if getattr(p, "_norm_sample", None) is not None
     ]
@@ -241,9 +242,10 @@ def ghost_norms(module: Any) -> torch.Tensor:
             "Norms of an earlier batch would have been used, so instances could enter the sum unclipped",
             "layer.requires_grad_(False) for layers that not every forward pass uses",
         )
-    for p in module._module.parameters():
+    for p in owned:
         p._norm_sample = None
     check_counts([len(part) for part in parts])
-    norms = torch.stack([part.to(parts[0].device, torch.float64) for part in parts]).norm(dim=0)
+    together = torch.stack([part.to(parts[0].device, torch.float64) for part in parts])
+    norms = torch.linalg.vector_norm(together, dim=0)
     module.per_sample_gradient_norms = norms.float()
     return norms * (1 + NORM_SLACK)

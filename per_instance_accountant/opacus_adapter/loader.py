@@ -8,9 +8,9 @@ user. A queue filled by the sampler and emptied by the optimizer would be wrong 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -27,8 +27,7 @@ from per_instance_accountant.errors import AlignmentError, BudgetExceeded, Unsup
 from per_instance_accountant.opacus_adapter.ranks import RankSampler
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class Part(NamedTuple):
     """Which part of which logical batch a physical batch is: ``logical`` counts the batches of one loop."""
 
     logical: int
@@ -65,7 +64,12 @@ class Consumer(Protocol):
 class Draw(list[int]):
     """The rows of one physical batch on their way to a worker, with the part they are."""
 
-    part: Part
+    def __init__(self, rows: Iterable[int], part: Part) -> None:
+        super().__init__(rows)
+        self.part = part
+
+    def __reduce__(self) -> Any:
+        return Draw, (list(self), self.part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +98,9 @@ class IndexedBatch:
     part: Part | None
     batch: Any
 
+    def __reduce__(self) -> Any:
+        return _unpacked, (self.rows.tobytes(), self.part, self.batch)
+
     def pin_memory(self, device: Any = None) -> IndexedBatch:
         return IndexedBatch(self.rows, self.part, pin_memory(self.batch, device))
 
@@ -103,6 +110,10 @@ class IndexedBatch:
         return IndexedBatch(self.rows, self.part, moved)
 
     __iter__ = __getitem__ = __len__ = _rewrapped
+
+
+def _unpacked(rows: bytes, part: Part | None, batch: Any) -> IndexedBatch:
+    return IndexedBatch(np.frombuffer(rows, dtype=np.int64), part, batch)
 
 
 class IndexedDataset(Dataset[Any]):
@@ -159,9 +170,8 @@ class SplittingSampler:
         for logical, rows in enumerate(self.inner):
             pieces = max(1, math.ceil(len(rows) / self.limit))
             for number, piece in enumerate(np.array_split(np.asarray(rows, dtype=np.int64), pieces)):
-                draw = Draw(piece.tolist())
-                draw.part = Part(logical=logical, first=number == 0, last=number == pieces - 1)
-                yield draw
+                part = Part(logical=logical, first=number == 0, last=number == pieces - 1)
+                yield Draw(piece.tolist(), part)
 
     def __len__(self) -> int:
         if isinstance(self.inner, UniformWithReplacementSampler):
@@ -183,9 +193,8 @@ class EvenSampler:
         for logical, rows in enumerate(self.inner):
             pieces = np.array_split(np.asarray(rows, dtype=np.int64), self.parts)
             for number, piece in enumerate(pieces):
-                draw = Draw(piece.tolist())
-                draw.part = Part(logical=logical, first=number == 0, last=number == self.parts - 1)
-                yield draw
+                part = Part(logical=logical, first=number == 0, last=number == self.parts - 1)
+                yield Draw(piece.tolist(), part)
 
     def __len__(self) -> int:
         return len(self.inner) * self.parts

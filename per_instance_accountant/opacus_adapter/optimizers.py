@@ -182,6 +182,14 @@ class TrackedGhostOptimizer(TrackedOptimizer, DPOptimizerFastGradientClipping):
     def clip_and_accumulate(self) -> None:
         return None
 
+    def accumulate(self) -> None:
+        # Opacus makes deep copies, which take several times as long.
+        for p in self.params:
+            if p.summed_grad is None:
+                p.summed_grad = p.grad.detach().clone()
+            else:
+                p.summed_grad += p.grad.detach()
+
     def drop_stand_in(self, losses: torch.Tensor) -> None:
         """The backward passes of an empty batch for which the model was given a made-up instance."""
         losses.sum().backward()  # The hooks take what the forward pass left behind.

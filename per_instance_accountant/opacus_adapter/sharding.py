@@ -75,7 +75,7 @@ class TrackedShardedOptimizer(GhostRankStep, ShardNoise):
         if self.loss_reduction == "sum":
             for p in self.params:
                 p.grad.mul_(self.world_size)
-        super().accumulate()
+        ShardNoise.accumulate(self)
 
     def forget(self) -> None:
         super().forget()
