@@ -87,11 +87,11 @@ def own_randomness(optimizer: Any, loader: TrackedLoader) -> None:
     Frameworks put torch's random state back when they resume. The noise of the steps after the checkpoint
     would be drawn a second time, and the same instances with it.
     """
-    if optimizer.generator is None:
+    if optimizer.generator is None and not optimizer.secure_mode:
         optimizer.generator = torch.Generator(device=optimizer.params[0].device)
         optimizer.generator.manual_seed(secrets.randbits(63))
     sampler: Any = loader.batch_sampler
-    if isinstance(sampler, UniformWithReplacementSampler) and sampler.generator is None:
+    if type(sampler) is UniformWithReplacementSampler and sampler.generator is None:
         sampler.generator = torch.Generator().manual_seed(secrets.randbits(63))
 
 

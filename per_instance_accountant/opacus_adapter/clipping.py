@@ -66,7 +66,7 @@ def strip_width(entries: int) -> int:
     """Into strips of how many entries a sum of so many is divided; 0 if it does not divide well.
 
     >>> strip_width(784 * 512), strip_width(10007)
-    (7168, 0)
+    (8192, 0)
     """
     return next((width for width in range(*STRIPS, -1) if entries % width == 0), 0)
 

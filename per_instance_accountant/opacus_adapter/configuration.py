@@ -28,10 +28,12 @@ from per_instance_accountant.errors import GuaranteeError, PiaError, Unsupported
 from per_instance_accountant.ledger.records import Run
 from per_instance_accountant.opacus_adapter.capture import Tracker
 from per_instance_accountant.opacus_adapter.clipping import check_precision
+from per_instance_accountant.opacus_adapter.drawing import settle_rate
 from per_instance_accountant.opacus_adapter.layers import check_layers
 from per_instance_accountant.opacus_adapter.optimizers import TRACKED, TrackedOptimizer
 from per_instance_accountant.opacus_adapter.ranks import RankSampler
 from per_instance_accountant.opacus_adapter.recording import Setting
+from per_instance_accountant.opacus_adapter.secure import SecureSampler
 from per_instance_accountant.opacus_adapter.sweeps import sweep_norms
 from per_instance_accountant.opacus_adapter.verifying import Verify
 
@@ -202,7 +204,7 @@ def choose_charging(charging: ChargingRule | None, poisson: bool) -> ChargingRul
 
 def is_poisson(loader: DataLoader[Any]) -> bool:
     """Whether every instance is drawn independently: a subclass of Opacus' sampler might do anything else."""
-    return type(loader.batch_sampler) in (UniformWithReplacementSampler, RankSampler)
+    return type(loader.batch_sampler) in (UniformWithReplacementSampler, SecureSampler, RankSampler)
 
 
 def mode_of(module: Any) -> str:
@@ -228,7 +230,7 @@ def describe_setting(
     sampler: Any = loader.batch_sampler
     poisson = is_poisson(loader)
     rows = len(loader.dataset)  # type: ignore[arg-type]
-    rate = sampler.sample_rate if poisson else min(1.0, (loader.batch_size or rows) / rows)
+    rate = settle_rate(sampler) if poisson else min(1.0, (loader.batch_size or rows) / rows)
     return Setting(
         charging=choose_charging(charging, poisson),
         sampling="poisson" if poisson else "shuffled",

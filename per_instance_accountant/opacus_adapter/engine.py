@@ -4,6 +4,7 @@ top of it."""
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from opacus.grad_sample import GradSampleModuleExpandedWeights
 from opacus.optimizers import DPOptimizer
+from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from torch.utils.data import DataLoader
 
 from per_instance_accountant.accounting.filter import PrivacyFilter
@@ -46,6 +48,7 @@ from per_instance_accountant.opacus_adapter.rank_steps import (
 )
 from per_instance_accountant.opacus_adapter.ranks import SHARDED
 from per_instance_accountant.opacus_adapter.recording import Recorder
+from per_instance_accountant.opacus_adapter.secure import SecureSampler
 from per_instance_accountant.opacus_adapter.sharding import prepare_sharded
 from per_instance_accountant.opacus_adapter.verifying import Verifier, Verify
 from per_instance_accountant.opacus_adapter.watching import ForwardWatch
@@ -98,6 +101,8 @@ def attach(
     data_loader = data_loader if ranks is None else part_loader(data_loader, ranks)
     prepare_sharded(optimizer, module, verify)
     check_loader(data_loader)
+    if optimizer.secure_mode and type(data_loader.batch_sampler) is UniformWithReplacementSampler:
+        SecureSampler.of(data_loader.batch_sampler)
     appended = ledger.run if isinstance(ledger, LedgerWriter) else None
     run = check.describe_run(data_loader, ids, groups, assumptions, appended)
     if ranks is not None:
@@ -144,7 +149,8 @@ def attach(
 class PrivacyEngine(opacus.PrivacyEngine):
     """Drop-in for :class:`opacus.PrivacyEngine` that also records every instance's part in every step.
 
-    accountant, secure_mode: as in Opacus. ledger: directory of the ledger, or None to keep the facts in
+    accountant: as in Opacus. secure_mode: noise and draws from the operating system's generator, without
+    torchcsprng; noise is added in float64. ledger: directory of the ledger, or None to keep the facts in
     memory. charging, ids, groups, assumptions, filter, verify, rank_timeout: see
     :func:`attach`.
 
@@ -176,7 +182,12 @@ class PrivacyEngine(opacus.PrivacyEngine):
         verify: Verify = "off",
         rank_timeout: float = 600.0,
     ) -> None:
-        super().__init__(accountant=accountant, secure_mode=secure_mode)
+        with warnings.catch_warnings():
+            if secure_mode:
+                # Opacus would import torchcsprng; without it, says that noise is not secure.
+                warnings.filterwarnings("ignore", message="Secure RNG turned off")
+            super().__init__(accountant=accountant, secure_mode=False)
+        self.secure_mode = secure_mode
         self._tracking: dict[str, Any] = {
             "ledger": ledger,
             "charging": charging,

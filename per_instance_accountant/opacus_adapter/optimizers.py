@@ -33,6 +33,7 @@ from per_instance_accountant.opacus_adapter.clipping import (
     norms_on_device,
 )
 from per_instance_accountant.opacus_adapter.ghost import ghost_norms
+from per_instance_accountant.opacus_adapter.secure import with_secure_noise
 
 if TYPE_CHECKING:
     from per_instance_accountant.opacus_adapter.capture import Tracker
@@ -150,6 +151,18 @@ class TrackedOptimizer(DPOptimizer):
         self.tracker.released()
         self._is_last_step_skipped = False
         return True
+
+    def add_noise(self) -> None:
+        if self.secure_mode:
+            self._add_secure_noise()
+        else:
+            super().add_noise()
+
+    def _add_secure_noise(self) -> None:
+        for p in self.params:
+            std = self.noise_multiplier * self.max_grad_norm
+            p.grad = with_secure_noise(p.summed_grad, std).view_as(p)
+            _mark_as_processed(p.summed_grad)
 
     def continue_from(self, position: Mapping[str, Any]) -> None:
         """Take over what a checkpoint says about the state of the clipping: nothing where it has none."""
@@ -326,7 +339,8 @@ class TrackedAdaptiveOptimizer(TrackedOptimizer, AdaClipDPOptimizer):
         query, stated = self.query, self.noise_multiplier
         self.noise_multiplier = query.gradient_noise_multiplier
         try:
-            DPOptimizer.add_noise(self)
+            # Not AdaClipDPOptimizer's, which adds noise to the count as well.
+            self._add_secure_noise() if self.secure_mode else DPOptimizer.add_noise(self)
         finally:
             self.noise_multiplier = stated
 
@@ -337,14 +351,13 @@ class TrackedAdaptiveOptimizer(TrackedOptimizer, AdaClipDPOptimizer):
         return released
 
     def _adapt(self) -> None:
-        reference = torch.zeros((), device=self.params[0].device)
-        noise = _generate_noise(
-            std=self.unclipped_num_std,
-            reference=reference,
-            generator=self.generator,
-            secure_mode=self.secure_mode,
-        )
-        fraction = 0.5 + float(self.unclipped_num + noise) / float(self.expected_batch_size)
+        votes = torch.tensor(self.unclipped_num, dtype=torch.float64, device=self.params[0].device)
+        if self.secure_mode:
+            votes = with_secure_noise(votes, self.unclipped_num_std)
+        else:
+            reference = torch.zeros((), device=votes.device)
+            votes += _generate_noise(self.unclipped_num_std, reference, generator=self.generator)
+        fraction = 0.5 + float(votes) / float(self.expected_batch_size)
         self.unclipped_num = 0.0
         rate = self.clipbound_learning_rate * (fraction - self.target_unclipped_quantile)
         moved = float(self.max_grad_norm) * float(np.exp(np.clip(-rate, -700, 700)))

@@ -133,6 +133,13 @@ def join_ranks(optimizer: DPOptimizer, module: Any, timeout: float) -> Ranks | N
     distributed, wrapper = type(optimizer) in DISTRIBUTED, getattr(module, "_module", module)
     if distributed != isinstance(wrapper, (DPDDP, DDP, *SHARDED)):
         refuse_ranks("only one of model and optimizer is made for several processes")
+    if distributed and optimizer.secure_mode:
+        raise UnsupportedError(
+            "PIA060",
+            "secure_mode on several processes",
+            "Their draws would come from PyTorch's generator, which somebody may predict",
+            "PrivacyEngine(secure_mode=True) on one process",
+        )
     return Ranks(timeout, linked=isinstance(wrapper, (DDP, *SHARDED))) if distributed else None
 
 

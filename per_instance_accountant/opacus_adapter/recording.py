@@ -38,6 +38,7 @@ from per_instance_accountant.opacus_adapter.assumed_loss import AssumedLoss
 from per_instance_accountant.opacus_adapter.budgets import adopt_budget, check_budget, not_admitted
 from per_instance_accountant.opacus_adapter.clipping import round_up
 from per_instance_accountant.opacus_adapter.deferring import Deferral, Due, Observation, write_due
+from per_instance_accountant.opacus_adapter.drawing import resolution
 from per_instance_accountant.opacus_adapter.mechanisms import group_rule, optimizer_name, recorded_thresholds
 from per_instance_accountant.opacus_adapter.ranks import refuse_part
 
@@ -58,7 +59,11 @@ class Setting:
     """Row of the loader's dataset -> dataset position of the run; None when they are the same."""
     budget: PrivacyFilter | None = None
     sampler: Any = None
-    """The Poisson sampler, whose rate must stay ``sample_rate``; None for other loaders."""
+    """The Poisson sampler, which must go on drawing as it does now; None for other loaders."""
+
+    def drawn_at(self) -> tuple[float, float] | None:
+        """What decides how often the sampler draws an instance now."""
+        return None if self.sampler is None else (float(self.sampler.sample_rate), resolution())
 
 
 class Recorder:
@@ -78,6 +83,7 @@ class Recorder:
     ) -> None:
         self.optimizer, self.run, self.setting, self.thresholds = optimizer, run, setting, thresholds
         self._sweep, self._until_sweep = sweep, 0
+        self._drawn_at = setting.drawn_at()
         self.loss = AssumedLoss(loss_assumed)
         self.deferral = Deferral()
         self._denominator: float | None = None
@@ -325,11 +331,10 @@ class Recorder:
 
     def _refuse_changes(self) -> None:
         """Batches may be on their way from workers, so nobody knows which of them a new rate drew."""
-        sampler = self.setting.sampler
-        if sampler is not None and float(sampler.sample_rate) != self.setting.sample_rate:
+        if (drawn_at := self.setting.drawn_at()) != self._drawn_at:
             raise GuaranteeError(
                 "PIA010",
-                f"the sample rate was changed from {self.setting.sample_rate} to {sampler.sample_rate}",
+                f"sample rate and resolution of torch.rand were changed from {self._drawn_at} to {drawn_at}",
                 "Steps would be charged at a rate they were not drawn at",
                 "make_private with a new loader and engine.load_checkpoint for another rate",
             )

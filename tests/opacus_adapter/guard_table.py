@@ -39,6 +39,7 @@ runs forward without backward | misleading error | PIA005 | stock: a_forward_pas
 asks for an epsilon where `int(1 / q)` loses a step | spends more than the target | plans for the loader it returns | stock: the_epsilon_that_was_asked_for_is_kept
 asks for an epsilon without Poisson sampling | calibrates for sampling that does not happen | PIA010 | stock: an_epsilon_for_sampling_that_does_not_happen
 counts on amplification without Poisson sampling | silent | PIA010, default rule `Unamplified` | guards: refused_before_the_model_is_touched
+samples at a rate that is no multiple of 2^-24 | draws at the multiple above: six times as often for 1e-8 | draws at the multiple below | drawing: stock_samplers_draw_more_often_than_their_rate
 changes the sampler's rate | silent | PIA010 | guards: the_sample_rate_cannot_change_behind_the_ledger
 draws an empty first batch of dictionaries in a worker | TypeError, or a batch of another type | an empty dictionary batch | stock: empty_first_batches_of_dictionaries_in_workers
 draws an empty batch with adaptive clipping | RuntimeError | a step nobody contributes to | stock: an_empty_batch_with_adaptive_clipping
@@ -68,6 +69,9 @@ has an epsilon whose best order lies outside of the usual ones | warns, and repo
 trains on CUDA, and is killed before norms have been copied | records no norms | the steps stay charged at the norms they were clipped at | deferral: a_killed_process_loses_no_step
 uses a closure | fine | the same | stock: a_closure
 sets the same seed after a restart | repeats the noise of its first steps | PIA091 | checkpoint: stock_opacus_repeats_its_noise_and_this_engine_refuses_to
+asks for `secure_mode` | needs torchcsprng, which current PyTorch cannot install | noise and draws from the operating system | secure: training_needs_no_other_package_and_no_seed_repeats_it
+asks for `secure_mode` with float64 parameters | float32 noise leaves the last bits of the sum alone | float64 noise, rounded once | secure: stock_noise_leaves_the_last_bits_of_a_sum_alone
+asks for `secure_mode` on several processes | draws come from PyTorch's generator where it is not given another | PIA060 | secure: several_processes_are_refused
 sets a seed in every step | the same noise always | PIA091 | stock: a_seed_that_is_set_in_every_step
 adds a penalty to the loss under ghost clipping | its gradient is released once for every instance | PIA060 | stock: a_penalty_in_the_loss_of_ghost_clipping
 sets `expected_batch_size` to the size of the batch | tells that size | PIA092 | stock: a_denominator_that_follows_the_batch
@@ -119,6 +123,6 @@ def table() -> str:
 
 
 OUTSIDE = """
-Outside of what this package can see: `secure_mode` and the precision of floating-point noise (Opacus' own
-warnings apply), and decisions that a script takes from what it looked at without noise.
+Outside of what this package can see: the rounding of floating-point sums, noise that somebody predicts because it does
+not come from `secure_mode`, and decisions that a script takes from what it looked at without noise.
 """
