@@ -48,6 +48,7 @@ from per_instance_accountant.finetuning.retained import forget_thresholds, retai
 from per_instance_accountant.ledger import Ledger, LedgerWriter
 from per_instance_accountant.ledger.records import Drop, Filter, Step, Thresholds
 from per_instance_accountant.opacus_adapter import attach
+from per_instance_accountant.opacus_adapter.drawing import set_generator
 from per_instance_accountant.results.rounding import rounded_up
 from per_instance_accountant.unlearning import Certificate, UnlearningPlan, bound_of, issue
 from per_instance_accountant.unlearning.execution import unplanned_since
@@ -326,8 +327,7 @@ def reseed(sampling: torch.Generator, noise: torch.Generator, *, secret: bytes, 
     """Set the generators of one unlearning step: batch and noise follow from the secret and the step's
     number."""
     for generator, purpose in ((sampling, b"batch"), (noise, b"noise")):
-        digest = hashlib.blake2b(purpose + step.to_bytes(8, "big"), key=secret, digest_size=8).digest()
-        generator.manual_seed(int.from_bytes(digest, "big"))
+        set_generator(generator, hashlib.blake2b(purpose + step.to_bytes(8, "big"), key=secret).digest())
 
 
 def _recorded_steps(ledger: Path, first: int) -> Iterator[Step]:

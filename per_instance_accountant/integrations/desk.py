@@ -21,6 +21,7 @@ from per_instance_accountant.errors import (
 )
 from per_instance_accountant.ledger import Anchor
 from per_instance_accountant.opacus_adapter import PrivacyEngine, Tracker
+from per_instance_accountant.opacus_adapter.drawing import set_generator
 from per_instance_accountant.opacus_adapter.loader import Delivery, IndexedCollate, TrackedLoader
 
 
@@ -89,10 +90,10 @@ def own_randomness(optimizer: Any, loader: TrackedLoader) -> None:
     """
     if optimizer.generator is None and not optimizer.secure_mode:
         optimizer.generator = torch.Generator(device=optimizer.params[0].device)
-        optimizer.generator.manual_seed(secrets.randbits(63))
+        set_generator(optimizer.generator, secrets.token_bytes(64))
     sampler: Any = loader.batch_sampler
     if type(sampler) is UniformWithReplacementSampler and sampler.generator is None:
-        sampler.generator = torch.Generator().manual_seed(secrets.randbits(63))
+        sampler.generator = set_generator(torch.Generator(), secrets.token_bytes(64))
 
 
 def position(engine: PrivacyEngine) -> dict[str, Any]:

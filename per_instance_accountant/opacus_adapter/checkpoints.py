@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from opacus.optimizers import DPOptimizer
 
 from per_instance_accountant.errors import GuaranteeError, LedgerError, UnsupportedError
 from per_instance_accountant.ledger import Anchor
+from per_instance_accountant.opacus_adapter.drawing import FIRST_WORD, MERSENNE, PHILOX, WORDS
 
 CHECKPOINT_KEY = "per_instance_accountant"
 
@@ -69,6 +71,14 @@ def as_expected(state: dict[str, Any], accountant: Any) -> dict[str, Any]:
     expected = type(accountant)().state_dict()["mechanism"]
     named = state.get("mechanism") == accountant.mechanism()
     return {**state, "mechanism": expected} if named else state
+
+
+def stored_again(checkpoint: Mapping[str, Any], accountant: Any) -> io.BytesIO:
+    """A checkpoint that was read without pickle, as a file for Opacus, which reads with pickle allowed."""
+    name, buffer = "privacy_accountant_state_dict", io.BytesIO()
+    torch.save({**checkpoint, name: as_expected(checkpoint.get(name, {}), accountant)}, buffer)
+    buffer.seek(0)
+    return buffer
 
 
 class NoiseSessions:
@@ -152,9 +162,7 @@ def _digest(state: bytes) -> bytes:
     return hashlib.blake2b(state, digest_size=16).digest()
 
 
-MERSENNE, PHILOX = 5056, 16
-"""Sizes of the states of torch's generators for CPU and CUDA."""
-_WORDS, _NORMALS = slice(24, 24 + 8 * 8), 24 + 8 * 624
+_WORDS, _NORMALS = slice(FIRST_WORD, FIRST_WORD + 8 * 8), FIRST_WORD + 8 * WORDS
 """The first 8 of the 624 words of a Mersenne twister's block, which tell it from others; what follows
 them."""
 

@@ -3,8 +3,6 @@ top of it."""
 
 from __future__ import annotations
 
-import io
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +14,6 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from opacus.grad_sample import GradSampleModuleExpandedWeights
 from opacus.optimizers import DPOptimizer
-from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from torch.utils.data import DataLoader
 
 from per_instance_accountant.accounting.filter import PrivacyFilter
@@ -29,10 +26,10 @@ from per_instance_accountant.opacus_adapter.calibration import calibrate, split_
 from per_instance_accountant.opacus_adapter.capture import Tracker
 from per_instance_accountant.opacus_adapter.checkpoints import (
     CHECKPOINT_KEY,
-    as_expected,
     load_plain,
     plain_mechanism,
     read_anchor,
+    stored_again,
 )
 from per_instance_accountant.opacus_adapter.expanded import TrackedExpandedWeights
 from per_instance_accountant.opacus_adapter.ghost import install_ghost
@@ -48,7 +45,7 @@ from per_instance_accountant.opacus_adapter.rank_steps import (
 )
 from per_instance_accountant.opacus_adapter.ranks import SHARDED
 from per_instance_accountant.opacus_adapter.recording import Recorder
-from per_instance_accountant.opacus_adapter.secure import SecureSampler
+from per_instance_accountant.opacus_adapter.secure import secure_draws, told_insecure
 from per_instance_accountant.opacus_adapter.sharding import prepare_sharded
 from per_instance_accountant.opacus_adapter.verifying import Verifier, Verify
 from per_instance_accountant.opacus_adapter.watching import ForwardWatch
@@ -101,8 +98,8 @@ def attach(
     data_loader = data_loader if ranks is None else part_loader(data_loader, ranks)
     prepare_sharded(optimizer, module, verify)
     check_loader(data_loader)
-    if optimizer.secure_mode and type(data_loader.batch_sampler) is UniformWithReplacementSampler:
-        SecureSampler.of(data_loader.batch_sampler)
+    if optimizer.secure_mode:
+        secure_draws(data_loader)
     appended = ledger.run if isinstance(ledger, LedgerWriter) else None
     run = check.describe_run(data_loader, ids, groups, assumptions, appended)
     if ranks is not None:
@@ -182,10 +179,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         verify: Verify = "off",
         rank_timeout: float = 600.0,
     ) -> None:
-        with warnings.catch_warnings():
-            if secure_mode:
-                # Opacus would import torchcsprng; without it, says that noise is not secure.
-                warnings.filterwarnings("ignore", message="Secure RNG turned off")
+        with told_insecure(secure_mode):
             super().__init__(accountant=accountant, secure_mode=False)
         self.secure_mode = secure_mode
         self._tracking: dict[str, Any] = {
@@ -396,14 +390,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         anchor = read_anchor(checkpoint)
         self.tracker.check_boundary()
         self.tracker.recorder.resume(anchor)
-        state = checkpoint.get("privacy_accountant_state_dict", {})
-        # Opacus loads with pickle allowed. What it gets here is what was just read without.
-        buffer = io.BytesIO()
-        torch.save(
-            {**checkpoint, "privacy_accountant_state_dict": as_expected(state, self.accountant)}, buffer
-        )
-        buffer.seek(0)
-        loaded = super().load_checkpoint(path=buffer, **arguments)
+        loaded = super().load_checkpoint(path=stored_again(checkpoint, self.accountant), **arguments)
         self.tracker.optimizer.continue_from(checkpoint[CHECKPOINT_KEY])
         self.tracker.sessions.resume(checkpoint[CHECKPOINT_KEY].get("noise", []))
         self.tracker.draws.resume(checkpoint[CHECKPOINT_KEY].get("draws", []))

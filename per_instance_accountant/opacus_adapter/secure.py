@@ -1,19 +1,23 @@
 """Noise and draws for ``secure_mode``, from the operating system's generator.
 
-Opacus takes them from torchcsprng, which current PyTorch cannot install, and makes the noise in float32: added
-to sums in float64 it leaves their last bits as they are, for everybody to read.
+Opacus takes them from torchcsprng, which current PyTorch cannot install, and makes the noise in float32:
+added to sums in float64 it leaves their last bits as they are, for everybody to read.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
+from torch.utils.data import DataLoader
 
 SUMMANDS = 4
 """Holohan and Braghin (2021), section 5.1 with n = 2: half the sum of four normals, each from other uniforms,
@@ -58,21 +62,30 @@ def with_secure_noise(total: torch.Tensor, std: float) -> torch.Tensor:
     return (total.double() + std * noise.to(total.device)).to(total.dtype)
 
 
+@contextmanager
+def told_insecure(secure_mode: bool) -> Iterator[None]:
+    """Inside, Opacus' engine may be told that it has no secure mode, so that it imports no torchcsprng: in
+    secure mode its warning would be wrong."""
+    with warnings.catch_warnings():
+        if secure_mode:
+            warnings.filterwarnings("ignore", message="Secure RNG turned off")
+        yield
+
+
+def secure_draws(loader: DataLoader[Any]) -> None:
+    """Let a Poisson loader draw as :class:`SecureSampler`, unless it has a generator of its own."""
+    sampler: Any = loader.batch_sampler
+    if type(sampler) is UniformWithReplacementSampler and sampler.generator is None:
+        sampler.__class__ = SecureSampler
+
+
 class SecureSampler(UniformWithReplacementSampler):
     """Opacus' Poisson sampler with draws that no seed repeats, at its rate rounded down to a multiple of
     2^-64.
 
-    >>> sampler = UniformWithReplacementSampler(num_samples=8, sample_rate=1.0)
-    >>> list(SecureSampler.of(sampler))
+    >>> list(SecureSampler(num_samples=8, sample_rate=1.0))
     [[0, 1, 2, 3, 4, 5, 6, 7]]
     """
-
-    @classmethod
-    def of(cls, sampler: UniformWithReplacementSampler) -> UniformWithReplacementSampler:
-        """The same sampler, changed in place unless it has a generator of its own."""
-        if sampler.generator is None:
-            sampler.__class__ = cls
-        return sampler
 
     def __iter__(self) -> Iterator[list[int]]:
         for _ in range(self.steps):

@@ -123,6 +123,7 @@ def table() -> str:
 
 
 OUTSIDE = """
-Outside of what this package can see: the rounding of floating-point sums, noise that somebody predicts because it does
-not come from `secure_mode`, and decisions that a script takes from what it looked at without noise.
+Outside of what this package can see: the rounding of floating-point sums, noise that somebody predicts
+because it does not come from `secure_mode`, and decisions that a script takes from what it looked at without
+noise.
 """

@@ -9,11 +9,13 @@ import numpy as np
 import opacus
 import pytest
 import torch
+from opacus.data_loader import DPDataLoader
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel as DPDDP
 from opacus.optimizers import DistributedDPOptimizer
 from opacus.optimizers.optimizer import _generate_noise
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from scipy import stats
+from torch.utils.data import TensorDataset
 
 from per_instance_accountant.errors import UnsupportedError
 from per_instance_accountant.opacus_adapter import PrivacyEngine, secure
@@ -89,16 +91,16 @@ def test_draws_are_never_above_the_rate(rate, monkeypatch):
     limit = math.floor(rate * 2**64)
     edge = [word for word in (0, limit - 1, limit, 2**64 - 1) if 0 <= word < 2**64]
     monkeypatch.setattr(secure, "_words", lambda count: np.array(edge, dtype=np.uint64))
-    sampler = UniformWithReplacementSampler(num_samples=len(edge), sample_rate=rate, steps=2)
+    sampler = secure.SecureSampler(num_samples=len(edge), sample_rate=rate, steps=2)
     expected = [row for row, word in enumerate(edge) if word < limit]
-    assert list(secure.SecureSampler.of(sampler)) == [expected, expected]
+    assert list(sampler) == [expected, expected]
 
 
 def test_a_generator_of_the_users_own_keeps_drawing():
-    sampler = UniformWithReplacementSampler(
-        num_samples=4, sample_rate=0.5, generator=torch.Generator(), steps=1
-    )
-    assert type(secure.SecureSampler.of(sampler)) is UniformWithReplacementSampler
+    for generator, kind in ((torch.Generator(), UniformWithReplacementSampler), (None, secure.SecureSampler)):
+        loader = DPDataLoader(TensorDataset(torch.ones(4, 1)), sample_rate=0.5, generator=generator)
+        secure.secure_draws(loader)
+        assert type(loader.batch_sampler) is kind
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
