@@ -170,3 +170,44 @@ def test_seeded_bug_norms_of_opacus_are_caught():
     stock = torch.stack([torch.full((1, 1_000_003), v).norm(2, dim=-1)[0] for v in values.tolist()])
     short = stock.double() * (1 + clipping.NORM_SLACK) < values.double() * np.sqrt(1_000_003)
     assert short.any()
+
+
+SHAPES = [(), (3,), (10, 3), (7, 64, 100), (300, 700), (1, 2**17), (10007,)]
+"""Of parameters. Large batches of the later ones are added strip by strip."""
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("count", [0, 1, 2, 37, 130])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_clipped_sum_is_the_sum_of_scaled_rows(shape, count, dtype):
+    generator = torch.Generator().manual_seed(count)
+    gradient = torch.randn(count, *shape, generator=generator, dtype=dtype)
+    own = torch.rand(count, generator=generator).to(dtype)
+    total = clipping.clipped_sum(own, gradient)
+    assert total.shape == shape and total.dtype == dtype
+    scaled = own.double().view(-1, *[1] * len(shape)) * gradient.double()
+    unit = torch.finfo(dtype).eps
+    assert ((total.double() - scaled.sum(0)).abs() <= count * unit * scaled.abs().sum(0)).all()
+
+
+def test_strips_are_used_and_only_where_they_help():
+    assert clipping.strip_width(2**17) == 8192 and clipping.strip_width(300 * 700) == 7500
+    assert clipping.strip_width(10007) == 0
+
+
+@pytest.mark.parametrize("shape", [(3,), (300, 700)])
+def test_who_is_clipped_at_zero_leaves_no_bit_in_the_sum(shape):
+    generator = torch.Generator().manual_seed(0)
+    gradient = torch.randn(20, *shape, generator=generator)
+    own = torch.ones(20)
+    own[[2, 11]] = 0
+    before = clipping.clipped_sum(own, gradient)
+    gradient[[2, 11]] *= 1e6
+    assert torch.equal(before, clipping.clipped_sum(own, gradient))
+
+
+def test_rows_that_are_not_contiguous_are_added_as_well():
+    gradient = torch.randn(300, 20, 700, generator=torch.Generator().manual_seed(0)).transpose(0, 1)
+    own = torch.rand(20, generator=torch.Generator().manual_seed(1))
+    expected = torch.einsum("i,i...", own.double(), gradient.double())
+    assert torch.allclose(clipping.clipped_sum(own, gradient).double(), expected, atol=1e-5)
