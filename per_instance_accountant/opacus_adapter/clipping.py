@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from per_instance_accountant.errors import AlignmentError, UnsupportedError
+from per_instance_accountant.errors import AlignmentError
 
 BLOCK = 256
 """Terms summed in float32 before the sum goes on in float64."""
@@ -26,7 +26,7 @@ summation, and its root; one covers the product with the factor (docs/opacus_int
 UNDERFLOW = 2.0**-125
 """More than the square of a float32 entry that can vanish by underflow; made up for, for every entry."""
 
-STRIPS, LARGE = (8192, 511), 1 << 20
+STRIPS, LARGE = (8192, 511), 1 << 18
 """Entries of a sum, at most and more than, that stay in the nearest cache while rows are added; entries of a
 gradient for which that matters."""
 
@@ -74,23 +74,35 @@ def strip_width(entries: int) -> int:
 def clipped_sum(factors: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """The rows of a (B, ...) tensor, each times its factor (B,), added up.
 
+    Not by a matrix product, which ``torch.set_float32_matmul_precision`` lets round rows to 8 or 11 bits: up
+    to one part in 250 more than was clipped.
+
     >>> clipped_sum(torch.tensor([1.0, 0.5]), torch.tensor([[1.0, 2.0], [4.0, 8.0]])).tolist()
     [3.0, 6.0]
     """
     rows = gradient.flatten(1) if gradient.dim() > 1 else gradient[:, None]
-    large = rows.numel() >= LARGE and rows.is_contiguous()
-    width = strip_width(rows.shape[1]) if large and rows.is_cpu and rows.dtype == torch.float32 else 0
-    if not width:
-        return (factors @ rows).view(gradient.shape[1:])
-    # Strip by strip, so that the sum stays in the nearest cache: a matrix product goes over all of it for
-    # every few rows, and takes a fifth longer.
+    count, entries = rows.shape
+    width = entries
+    if rows.is_cpu:
+        width = strip_width(entries) if rows.numel() >= LARGE and rows.is_contiguous() else 0
+    if width and count:
+        total = _strip_sum(factors, rows, width)
+    else:
+        pieces = rows.split(STRIPS[0], dim=1)
+        total = torch.cat([(piece * factors[:, None]).sum(dim=0) for piece in pieces])
+    return total.view(gradient.shape[1:])
+
+
+def _strip_sum(factors: torch.Tensor, rows: torch.Tensor, width: int) -> torch.Tensor:
+    """Strip by strip, so that on a CPU the sum stays in the nearest cache. A matrix product goes over all of
+    it for every few rows, and takes a fifth longer."""
     count, strips = len(rows), rows.shape[1] // width
-    places = torch.arange(count * strips).view(count, strips).t().contiguous()
+    places = torch.arange(count * strips, device=rows.device).view(count, strips).t().contiguous()
     weights = factors.expand(strips, count).contiguous()
     total: torch.Tensor = torch.nn.functional.embedding_bag(
-        places, rows.view(-1, width), mode="sum", per_sample_weights=weights
+        places, rows.reshape(-1, width), mode="sum", per_sample_weights=weights
     )
-    return total.view(gradient.shape[1:])
+    return total
 
 
 def instance_norms(gradients: Sequence[torch.Tensor]) -> NDArray[np.float64]:
@@ -167,18 +179,6 @@ def norms_on_device(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     [5.000040531158447, inf]
     """
     return row_norms(gradients).mul_(1 + NORM_SLACK)
-
-
-def check_precision(parameter: torch.Tensor) -> None:
-    """Raise UnsupportedError PIA060 for a parameter whose gradients have coarser rounding than the norms
-    allow for."""
-    if parameter.dtype not in (torch.float32, torch.float64):
-        raise UnsupportedError(
-            "PIA060",
-            "parameters in low precision, where clipping is inexact",
-            "What an instance contributes would not be known exactly",
-            "model.float()",
-        )
 
 
 def check_counts(counts: Sequence[int]) -> None:

@@ -27,10 +27,10 @@ from per_instance_accountant.accounting.rules import (
 from per_instance_accountant.errors import GuaranteeError, PiaError, UnsupportedError, UsageError
 from per_instance_accountant.ledger.records import Run
 from per_instance_accountant.opacus_adapter.capture import Tracker
-from per_instance_accountant.opacus_adapter.clipping import check_precision
 from per_instance_accountant.opacus_adapter.drawing import settle_rate
 from per_instance_accountant.opacus_adapter.layers import check_layers
 from per_instance_accountant.opacus_adapter.optimizers import TRACKED, TrackedOptimizer
+from per_instance_accountant.opacus_adapter.precision import check_precision
 from per_instance_accountant.opacus_adapter.ranks import RankSampler
 from per_instance_accountant.opacus_adapter.recording import Setting
 from per_instance_accountant.opacus_adapter.secure import SecureSampler

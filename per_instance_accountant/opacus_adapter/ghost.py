@@ -12,6 +12,11 @@ from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClippi
 
 from per_instance_accountant.errors import AlignmentError, UnsupportedError
 from per_instance_accountant.opacus_adapter.clipping import NORM_SLACK, check_counts, row_norms
+from per_instance_accountant.opacus_adapter.precision import (
+    check_products,
+    check_signals,
+    has_convolutions,
+)
 from per_instance_accountant.opacus_adapter.ranks import SHARDED
 
 if TYPE_CHECKING:
@@ -23,9 +28,6 @@ Sampler = Callable[[Any, Any, torch.Tensor], Gradients]
 """(layer, activations, backpropagated signals) -> Gradients."""
 
 
-_EXACT = (torch.float32, torch.float64)
-
-
 class GhostFactors:
     """``get_clipping_coef`` of a tracked module: the only place where ghost clipping scales an instance.
 
@@ -34,6 +36,7 @@ class GhostFactors:
 
     def __init__(self, module: Any = None, tracker: Tracker | None = None) -> None:
         self.module, self.tracker = module, tracker
+        self.convolutions = module is not None and has_convolutions(module._module)
 
     def __call__(self) -> torch.Tensor:
         if self.tracker is None:
@@ -82,6 +85,7 @@ def _backward(self: Any, *args: Any, **named: Any) -> Any:
     factors = getattr(self.module, "get_clipping_coef", None)
     if not isinstance(factors, GhostFactors) or factors.tracker is None:
         return _stock_backward(self, *args, **named)
+    check_products(self.loss_per_sample.device, convolutions=factors.convolutions)
     if factors.tracker.batch_is_empty and factors.tracker.optimizer.has_stand_in:
         return factors.tracker.optimizer.drop_stand_in(self.loss_per_sample)
     self.loss_per_sample = one_loss_each(self.loss_per_sample, factors.tracker.batch_size)
@@ -138,25 +142,13 @@ def norm_sampler(module: Any, kind: type) -> Sampler:
     return partial(_block_norms, ft_compute_per_sample_gradient if functorch else module.GRAD_SAMPLERS[kind])
 
 
-def _refuse_low_precision(*tensors: Any) -> None:
-    """Before anything is cast: gradients of bfloat16 signals are larger than float64 norms of them say."""
-    for tensor in tensors:
-        if torch.is_tensor(tensor) and tensor.is_floating_point() and tensor.dtype not in _EXACT:
-            raise UnsupportedError(
-                "PIA060",
-                "a forward or backward pass ran in low precision under ghost clipping",
-                "The released gradients would be larger than their recorded norms",
-                "train without autocast, or grad_sample_mode='hooks'",
-            )
-
-
 def _float64_norms(sampler: Sampler, layer: Any, activations: Any, backprops: torch.Tensor) -> Gradients:
-    _refuse_low_precision(backprops, *activations)
+    check_signals(backprops, *activations)
     return sampler(layer, activations, backprops.double())
 
 
 def _block_norms(sampler: Sampler, layer: Any, activations: Any, backprops: torch.Tensor) -> Gradients:
-    _refuse_low_precision(backprops, *activations)
+    check_signals(backprops, *activations)
     found = sampler(layer, activations, backprops)
     return {p: row_norms([gradient]) for p, gradient in found.items()}
 
@@ -170,7 +162,7 @@ def linear_norms(
     its rounding can exceed a norm that is small by cancellation; in float64 it cannot, for norms worth
     clipping.
     """
-    _refuse_low_precision(backprops, activations[0])
+    check_signals(backprops, activations[0])
     count = len(backprops)
     norms: Gradients = {}
     if backprops.numel() == count * backprops.shape[-1]:
@@ -200,7 +192,7 @@ def embedding_norms(
 ) -> Gradients:
     """Norms (B,) of the per-sample gradients of an embedding, in float64: signals at the same entry add up,
     those at ``padding_idx`` vanish."""
-    _refuse_low_precision(backprops)
+    check_signals(backprops)
     count, words = len(activations[0]), layer.num_embeddings
     entries = (activations[0].flatten(1) if activations[0].dim() > 1 else activations[0][:, None]).long()
     signals = backprops.double().reshape(entries.numel(), layer.embedding_dim)

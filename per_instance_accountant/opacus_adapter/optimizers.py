@@ -24,7 +24,6 @@ from per_instance_accountant.errors import AlignmentError
 from per_instance_accountant.opacus_adapter.adaptive import CountQuery
 from per_instance_accountant.opacus_adapter.clipping import (
     check_counts,
-    check_precision,
     clipped_sum,
     instance_norms,
     layer_factors,
@@ -33,6 +32,7 @@ from per_instance_accountant.opacus_adapter.clipping import (
     norms_on_device,
 )
 from per_instance_accountant.opacus_adapter.ghost import ghost_norms
+from per_instance_accountant.opacus_adapter.precision import check_precision
 from per_instance_accountant.opacus_adapter.secure import with_secure_noise
 
 if TYPE_CHECKING:

@@ -49,6 +49,7 @@ compares runs on N and N - 1 instances | the denominator `int(N q)` tells | stat
 has thousands of noise multipliers | evaluates each on its own | `per_instance` sums them at once | stock: schedules_with_thousands_of_noises_are_counted_at_once
 trains in low precision | clipped gradients exceed the clip norm | PIA060 | guards: low_precision_parameters
 trains ghost clipping under autocast | norms between 0 and 13.7 times the true ones | PIA060 | modes: a_way_of_training
+lets PyTorch round float32 numbers before it multiplies them (`set_float32_matmul_precision("high")`; on CUDA the default for convolutions) | clipped sums exceed the clip norm, by up to one part in 250 | no matrix product in clipping; PIA060 with ghost clipping | precision: ghost_clipping_refuses_products_that_are_rounded
 scales the loss with GradScaler | clips everybody | PIA060 | guards: a_grad_scaler
 has a NaN or infinite input | all weights become NaN | PIA006 before anything is released | guards: a_gradient_that_is_not_finite
 trains with a frozen BatchNorm in training mode | rows mix, statistics leave without noise | PIA060 | stock: a_frozen_batch_norm_that_collects_statistics
