@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from per_instance_accountant.errors import GuaranteeError
 from per_instance_accountant.opacus_adapter import PrivacyEngine, drawing
 
+pytestmark = pytest.mark.compat
 BITS = {torch.float32: 24, torch.float64: 53}
 rates = st.floats(-9.5, 0).map(lambda exponent: 10.0**exponent)
 

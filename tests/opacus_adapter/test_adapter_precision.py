@@ -10,6 +10,7 @@ from per_instance_accountant.errors import UnsupportedError
 from per_instance_accountant.opacus_adapter import PrivacyEngine, clipping, precision
 from tests.opacus_adapter.conftest import Convolutional, examples
 
+pytestmark = pytest.mark.compat
 DEVICES = [torch.device("cpu"), torch.device("cuda")]
 needs_settings = pytest.mark.skipif(
     not hasattr(torch.backends.mkldnn, "matmul"), reason="settings of PyTorch 2.9"

@@ -21,6 +21,7 @@ from per_instance_accountant.errors import UnsupportedError
 from per_instance_accountant.opacus_adapter import PrivacyEngine, secure
 from per_instance_accountant.opacus_adapter.rank_steps import join_ranks
 
+pytestmark = pytest.mark.compat
 ADAPTIVE = {
     "target_unclipped_quantile": 0.5,
     "clipbound_learning_rate": 0.2,
