@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 
 import torch
 from opacus.optimizers import DPOptimizer
-from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 
 from per_instance_accountant.errors import (
     AlignmentError,
@@ -21,7 +20,7 @@ from per_instance_accountant.errors import (
 )
 from per_instance_accountant.ledger import Anchor
 from per_instance_accountant.opacus_adapter import PrivacyEngine, Tracker
-from per_instance_accountant.opacus_adapter.drawing import set_generator
+from per_instance_accountant.opacus_adapter.drawing import PoissonSampler, set_generator
 from per_instance_accountant.opacus_adapter.loader import Delivery, IndexedCollate, TrackedLoader
 
 
@@ -92,7 +91,7 @@ def own_randomness(optimizer: Any, loader: TrackedLoader) -> None:
         optimizer.generator = torch.Generator(device=optimizer.params[0].device)
         set_generator(optimizer.generator, secrets.token_bytes(64))
     sampler: Any = loader.batch_sampler
-    if type(sampler) is UniformWithReplacementSampler and sampler.generator is None:
+    if isinstance(sampler, PoissonSampler) and sampler.generator is None:
         sampler.generator = set_generator(torch.Generator(), secrets.token_bytes(64))
 
 

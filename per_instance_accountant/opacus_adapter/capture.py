@@ -364,10 +364,10 @@ class Tracker:
         setting = self.recorder.setting
         closure = inspect.getclosurevars(hook).nonlocals if inspect.isfunction(hook) else {}
         assumed, drawn_at = closure.get("sample_rate"), setting.drawn_at()
-        if drawn_at is not None and isinstance(assumed, float) and assumed < drawn_at[0] * (1 - 1e-9):
+        if drawn_at is not None and isinstance(assumed, float) and assumed < drawn_at * (1 - 1e-9):
             raise GuaranteeError(
                 "PIA010",
-                f"Opacus' accountant assumes sample rate {assumed}, the loader samples at {drawn_at[0]}",
+                f"Opacus' accountant assumes sample rate {assumed}, the loader samples at {drawn_at}",
                 "Its epsilon would be too small",
                 "accountant.get_optimizer_hook_fn(sample_rate=loader.batch_sampler.sample_rate)",
             )

@@ -14,7 +14,7 @@ from opacus.optimizers import DPOptimizer
 
 from per_instance_accountant.errors import GuaranteeError, LedgerError, UnsupportedError
 from per_instance_accountant.ledger import Anchor
-from per_instance_accountant.opacus_adapter.drawing import FIRST_WORD, MERSENNE, PHILOX, WORDS
+from per_instance_accountant.opacus_adapter.drawing import FIRST_WORD, MERSENNE, PHILOX
 
 CHECKPOINT_KEY = "per_instance_accountant"
 
@@ -162,20 +162,19 @@ def _digest(state: bytes) -> bytes:
     return hashlib.blake2b(state, digest_size=16).digest()
 
 
-_WORDS, _NORMALS = slice(FIRST_WORD, FIRST_WORD + 8 * 8), FIRST_WORD + 8 * WORDS
-"""The first 8 of the 624 words of a Mersenne twister's block, which tell it from others; what follows
-them."""
+_WORDS = slice(FIRST_WORD, FIRST_WORD + 8 * 8)
+"""The first 8 of the 624 words of a Mersenne twister's block, which tell it from others."""
 
 
 def _place(state: bytes) -> tuple[bytes, bytes, int]:
     """What tells a state from all others, the block of numbers that the generator is in, and its position
     there.
 
-    Equal states and equal blocks always look equal, different ones never but by chance. Mersenne twister:
-    seed, words left plus one, position, 624 words, cached normals. Philox: seed and offset. Of other
-    generators nothing is known but their whole state.
+    Equal states and equal blocks always look equal, different ones of one generator never but by chance.
+    Mersenne twister: seed, words left plus one, position, 624 words, cached normals. Philox: seed and
+    offset. Of other generators nothing is known but their whole state.
     """
-    mark = _digest(state if len(state) != MERSENNE else state[: _WORDS.stop] + state[_NORMALS:])
+    mark = _digest(state)
     if len(state) == MERSENNE and int.from_bytes(state[8:12], "little") == 1:
         # Nothing is left, as after a seed: what is drawn next comes from the block that follows.
         ahead = torch.Generator()

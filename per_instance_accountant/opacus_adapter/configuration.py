@@ -27,7 +27,7 @@ from per_instance_accountant.accounting.rules import (
 from per_instance_accountant.errors import GuaranteeError, PiaError, UnsupportedError, UsageError
 from per_instance_accountant.ledger.records import Run
 from per_instance_accountant.opacus_adapter.capture import Tracker
-from per_instance_accountant.opacus_adapter.drawing import settle_rate
+from per_instance_accountant.opacus_adapter.drawing import PoissonSampler, settle_rate
 from per_instance_accountant.opacus_adapter.layers import check_layers
 from per_instance_accountant.opacus_adapter.optimizers import TRACKED, TrackedOptimizer
 from per_instance_accountant.opacus_adapter.precision import check_precision
@@ -204,7 +204,8 @@ def choose_charging(charging: ChargingRule | None, poisson: bool) -> ChargingRul
 
 def is_poisson(loader: DataLoader[Any]) -> bool:
     """Whether every instance is drawn independently: a subclass of Opacus' sampler might do anything else."""
-    return type(loader.batch_sampler) in (UniformWithReplacementSampler, SecureSampler, RankSampler)
+    kinds = (UniformWithReplacementSampler, PoissonSampler, SecureSampler, RankSampler)
+    return type(loader.batch_sampler) in kinds
 
 
 def mode_of(module: Any) -> str:

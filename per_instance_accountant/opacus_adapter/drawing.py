@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 
 from per_instance_accountant.errors import GuaranteeError
 from per_instance_accountant.opacus_adapter.secure import SecureSampler
@@ -19,25 +20,41 @@ FIRST_WORD, WORDS = 24, 624
 """Where the words of a Mersenne twister begin in its state, 8 bytes for each."""
 
 
-def resolution() -> float:
-    """Step between the numbers that ``torch.rand`` gives: 2^-24 in float32."""
-    return torch.finfo(torch.get_default_dtype()).eps / 2
+STEP = 2.0**-24
+"""Between the numbers that ``torch.rand`` gives in float32."""
+
+
+def draw(count: int, rate: float, generator: torch.Generator | None) -> torch.Tensor:
+    """(count,) who is drawn, each with probability ``rate`` rounded up to a multiple of STEP; in float32,
+    because half precision rounds some numbers up to 1, which becomes 0."""
+    return torch.rand(count, generator=generator, dtype=torch.float32, device="cpu") < rate
+
+
+class PoissonSampler(UniformWithReplacementSampler):
+    """Opacus' Poisson sampler, whatever torch's default precision and device are."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for _ in range(self.steps):
+            yield draw(self.num_samples, self.sample_rate, self.generator).nonzero().flatten().tolist()
 
 
 def settle_rate(sampler: Any) -> float:
     """Make a Poisson sampler draw at its rate or below; the rate to be charged.
 
-    Samplers draw where ``torch.rand(...) < sample_rate``, which happens with probability ``sample_rate``
-    rounded UP to a multiple of :func:`resolution`: six times as often as charged for a rate of 1e-8. So the
+    Opacus draws where ``torch.rand(...) < sample_rate``, which happens with probability ``sample_rate``
+    rounded UP to a multiple of STEP: six times as often as charged for a rate of 1e-8. So the
     sampler's own rate is rounded down to a multiple. Below the smallest one the smallest is charged.
 
-    >>> from opacus.utils.uniform_sampler import UniformWithReplacementSampler
     >>> sampler = UniformWithReplacementSampler(num_samples=1000, sample_rate=0.05)
     >>> settle_rate(sampler), sampler.sample_rate * 2**24
     (0.05, 838860.0)
     """
-    rate, step = float(sampler.sample_rate), resolution()
-    sampler.sample_rate = max(math.floor(rate / step), 1) * step
+    rate = float(sampler.sample_rate)
+    if isinstance(sampler, SecureSampler):
+        return rate
+    if type(sampler) is UniformWithReplacementSampler:
+        sampler.__class__ = PoissonSampler
+    sampler.sample_rate = max(math.floor(rate / STEP), 1) * STEP
     return max(rate, sampler.sample_rate)
 
 

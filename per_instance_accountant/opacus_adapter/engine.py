@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import opacus
 import torch
 from numpy.typing import ArrayLike, NDArray
 from opacus.grad_sample import GradSampleModuleExpandedWeights
@@ -45,7 +44,7 @@ from per_instance_accountant.opacus_adapter.rank_steps import (
 )
 from per_instance_accountant.opacus_adapter.ranks import SHARDED
 from per_instance_accountant.opacus_adapter.recording import Recorder
-from per_instance_accountant.opacus_adapter.secure import secure_draws, told_insecure
+from per_instance_accountant.opacus_adapter.secure import SecureEngine, secure_draws
 from per_instance_accountant.opacus_adapter.sharding import prepare_sharded
 from per_instance_accountant.opacus_adapter.verifying import Verifier, Verify
 from per_instance_accountant.opacus_adapter.watching import ForwardWatch
@@ -143,7 +142,7 @@ def attach(
     return tracker, loader
 
 
-class PrivacyEngine(opacus.PrivacyEngine):
+class PrivacyEngine(SecureEngine):
     """Drop-in for :class:`opacus.PrivacyEngine` that also records every instance's part in every step.
 
     accountant: as in Opacus. secure_mode: noise and draws from the operating system's generator, without
@@ -179,9 +178,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         verify: Verify = "off",
         rank_timeout: float = 600.0,
     ) -> None:
-        with told_insecure(secure_mode):
-            super().__init__(accountant=accountant, secure_mode=False)
-        self.secure_mode = secure_mode
+        super().__init__(accountant=accountant, secure_mode=secure_mode)
         self._tracking: dict[str, Any] = {
             "ledger": ledger,
             "charging": charging,

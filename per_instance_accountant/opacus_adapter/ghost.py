@@ -12,11 +12,7 @@ from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClippi
 
 from per_instance_accountant.errors import AlignmentError, UnsupportedError
 from per_instance_accountant.opacus_adapter.clipping import NORM_SLACK, check_counts, row_norms
-from per_instance_accountant.opacus_adapter.precision import (
-    check_products,
-    check_signals,
-    has_convolutions,
-)
+from per_instance_accountant.opacus_adapter.precision import check_environment, check_signals, exact_products
 from per_instance_accountant.opacus_adapter.ranks import SHARDED
 
 if TYPE_CHECKING:
@@ -36,7 +32,6 @@ class GhostFactors:
 
     def __init__(self, module: Any = None, tracker: Tracker | None = None) -> None:
         self.module, self.tracker = module, tracker
-        self.convolutions = module is not None and has_convolutions(module._module)
 
     def __call__(self) -> torch.Tensor:
         if self.tracker is None:
@@ -85,12 +80,12 @@ def _backward(self: Any, *args: Any, **named: Any) -> Any:
     factors = getattr(self.module, "get_clipping_coef", None)
     if not isinstance(factors, GhostFactors) or factors.tracker is None:
         return _stock_backward(self, *args, **named)
-    check_products(self.loss_per_sample.device, convolutions=factors.convolutions)
     if factors.tracker.batch_is_empty and factors.tracker.optimizer.has_stand_in:
         return factors.tracker.optimizer.drop_stand_in(self.loss_per_sample)
     self.loss_per_sample = one_loss_each(self.loss_per_sample, factors.tracker.batch_size)
     try:
-        found = _stock_backward(self, *args, **named)
+        with exact_products():
+            found = _stock_backward(self, *args, **named)
     except BaseException:
         self.module.enable_hooks()  # Off between the two passes, and they would stay off.
         raise
@@ -122,6 +117,7 @@ def one_loss_each(losses: torch.Tensor, count: int) -> torch.Tensor:
 
 def install_ghost(module: Any, tracker: Tracker) -> None:
     """Make ghost clipping use the tracker's factors and norms that no rounding makes too small."""
+    check_environment()
     kind_of = getattr(module, "_get_module_type", type)
     kinds = {kind_of(layer) for layer in module.iterate_submodules(module._module)}
     module.NORM_SAMPLERS = {kind: norm_sampler(module, kind) for kind in kinds}

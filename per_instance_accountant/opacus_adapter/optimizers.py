@@ -18,7 +18,7 @@ from opacus.optimizers import (
     DPOptimizerFastGradientClipping,
     DPPerLayerOptimizer,
 )
-from opacus.optimizers.optimizer import _generate_noise, _mark_as_processed
+from opacus.optimizers.optimizer import _check_processed_flag, _generate_noise, _mark_as_processed
 
 from per_instance_accountant.errors import AlignmentError
 from per_instance_accountant.opacus_adapter.adaptive import CountQuery
@@ -160,6 +160,7 @@ class TrackedOptimizer(DPOptimizer):
 
     def _add_secure_noise(self) -> None:
         for p in self.params:
+            _check_processed_flag(p.summed_grad)
             std = self.noise_multiplier * self.max_grad_norm
             p.grad = with_secure_noise(p.summed_grad, std).view_as(p)
             _mark_as_processed(p.summed_grad)

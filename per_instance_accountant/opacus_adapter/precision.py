@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,39 +39,48 @@ def check_signals(*tensors: Any) -> None:
             )
 
 
-def rounded_products(device: torch.device, *, convolutions: bool) -> bool:
-    """Whether PyTorch may round float32 numbers to 8 or 11 bits before it multiplies them on this device.
-
-    >>> rounded_products(torch.device("cpu"), convolutions=True)
-    False
-    """
+def _settings() -> list[tuple[Any, str, Any]]:
+    """Where PyTorch says whether it may round float32 numbers to 8 or 11 bits before it multiplies them, and
+    what stands for that it may not."""
     backends: Any = torch.backends
-    products, layers = (
-        (backends.cuda.matmul, backends.cudnn)
-        if device.type == "cuda"
-        else (backends.mkldnn.matmul, backends.mkldnn)
-    )
-    if not hasattr(products, "fp32_precision"):  # PyTorch before 2.9
-        rounded = torch.get_float32_matmul_precision() != "highest"
-        return rounded or (convolutions and device.type == "cuda" and backends.cudnn.allow_tf32)
-    asked = [products.fp32_precision, *([layers.conv.fp32_precision] if convolutions else [])]
-    return not set(asked) <= {"none", "ieee"}
+    if hasattr(backends.cudnn, "conv"):  # PyTorch 2.9 and newer
+        groups = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+        groups += [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
+        return [(group, "fp32_precision", "ieee") for group in groups]
+    groups = [backends.cuda.matmul, backends.cudnn, backends.mkldnn]
+    return [(group, "allow_tf32", False) for group in groups if hasattr(group, "allow_tf32")]
 
 
-def has_convolutions(module: torch.nn.Module) -> bool:
-    """Whether the model has layers for which PyTorch has a setting of precision of their own."""
-    kinds = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
-    return any(isinstance(layer, kinds) for layer in module.modules())
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Inside, no setting lets PyTorch round float32 numbers before it multiplies them.
+
+    ``set_float32_matmul_precision`` lets it, and for convolutions on CUDA it is the default. The second
+    backward pass of ghost clipping, which makes the gradients that are released, would then round what the
+    first one measured: up to a few parts in 1000 more than is recorded.
+
+    >>> with exact_products():
+    ...     torch.get_float32_matmul_precision()
+    'highest'
+    """
+    before = [(group, name, getattr(group, name), exact) for group, name, exact in _settings()]
+    before = [entry for entry in before if entry[2] not in (entry[3], "none")]
+    try:
+        for group, name, _, exact in before:
+            setattr(group, name, exact)
+        yield
+    finally:
+        for group, name, value, _ in before:
+            setattr(group, name, value)
 
 
-def check_products(device: torch.device, *, convolutions: bool) -> None:
-    """Raise UnsupportedError PIA060 where the second backward pass of ghost clipping, which makes the
-    gradients that are released, would round more than the norms allow for."""
-    if rounded_products(device, convolutions=convolutions):
-        raise UnsupportedError(
-            "PIA060",
-            "ghost clipping with float32 products that are rounded to TF32 or bfloat16",
-            "The released gradients would be larger than their recorded norms, by up to a few parts in 1000",
-            "torch.set_float32_matmul_precision('highest') and torch.backends.cudnn.allow_tf32 = False, or "
-            "grad_sample_mode='hooks'",
-        )
+def check_environment() -> None:
+    """Raise UnsupportedError PIA060 where the environment lets oneDNN round, whatever PyTorch says."""
+    for name in ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"):
+        if os.environ.get(name, "STRICT").upper() != "STRICT":
+            raise UnsupportedError(
+                "PIA060",
+                f"ghost clipping with {name}={os.environ[name]}",
+                "The released gradients would be larger than their recorded norms",
+                f"unset {name}, or grad_sample_mode='hooks'",
+            )

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Sampler, Subset
 
 from per_instance_accountant.errors import AlignmentError, GuaranteeError, LedgerError
 from per_instance_accountant.ledger import Run, new_run_id
+from per_instance_accountant.opacus_adapter.drawing import draw
 
 SHARDED: tuple[type[Any], ...] = (FSDPModule,)
 """Models whose parameters are spread over the processes."""
@@ -204,7 +205,7 @@ class RankSampler(Sampler[list[int]]):
             indices = torch.arange(self.num_samples)
         own = indices[self._ranks.rank :: self._ranks.world_size]
         for _ in range(self.steps):
-            yield own[torch.rand(len(own), generator=self.generator) < self.sample_rate].tolist()
+            yield own[draw(len(own), self.sample_rate, self.generator)].tolist()
 
 
 def refuse_part(run: Run, rank: int, world_size: int) -> NoReturn:

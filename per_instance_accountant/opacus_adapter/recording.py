@@ -38,7 +38,6 @@ from per_instance_accountant.opacus_adapter.assumed_loss import AssumedLoss
 from per_instance_accountant.opacus_adapter.budgets import adopt_budget, check_budget, not_admitted
 from per_instance_accountant.opacus_adapter.clipping import round_up
 from per_instance_accountant.opacus_adapter.deferring import Deferral, Due, Observation, write_due
-from per_instance_accountant.opacus_adapter.drawing import resolution
 from per_instance_accountant.opacus_adapter.mechanisms import group_rule, optimizer_name, recorded_thresholds
 from per_instance_accountant.opacus_adapter.ranks import refuse_part
 
@@ -61,9 +60,9 @@ class Setting:
     sampler: Any = None
     """The Poisson sampler, which must go on drawing as it does now; None for other loaders."""
 
-    def drawn_at(self) -> tuple[float, float] | None:
-        """What decides how often the sampler draws an instance now."""
-        return None if self.sampler is None else (float(self.sampler.sample_rate), resolution())
+    def drawn_at(self) -> float | None:
+        """How often the sampler draws an instance now."""
+        return None if self.sampler is None else float(self.sampler.sample_rate)
 
 
 class Recorder:
@@ -334,7 +333,7 @@ class Recorder:
         if (drawn_at := self.setting.drawn_at()) != self._drawn_at:
             raise GuaranteeError(
                 "PIA010",
-                f"sample rate and resolution of torch.rand were changed from {self._drawn_at} to {drawn_at}",
+                f"the sample rate was changed from {self._drawn_at} to {drawn_at}",
                 "Steps would be charged at a rate they were not drawn at",
                 "make_private with a new loader and engine.load_checkpoint for another rate",
             )

@@ -10,10 +10,10 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import opacus
 import torch
 from numpy.typing import NDArray
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
@@ -62,21 +62,28 @@ def with_secure_noise(total: torch.Tensor, std: float) -> torch.Tensor:
     return (total.double() + std * noise.to(total.device)).to(total.dtype)
 
 
-@contextmanager
-def told_insecure(secure_mode: bool) -> Iterator[None]:
-    """Inside, Opacus' engine may be told that it has no secure mode, so that it imports no torchcsprng: in
-    secure mode its warning would be wrong."""
-    with warnings.catch_warnings():
-        if secure_mode:
-            warnings.filterwarnings("ignore", message="Secure RNG turned off")
-        yield
+class SecureEngine(opacus.PrivacyEngine):
+    """Opacus' engine with a secure mode that needs no torchcsprng."""
+
+    def __init__(self, *, accountant: str, secure_mode: bool) -> None:
+        with warnings.catch_warnings():
+            if secure_mode:
+                warnings.filterwarnings("ignore", message="Secure RNG turned off")
+            super().__init__(accountant=accountant, secure_mode=False)
+        self.secure_mode = secure_mode
+
+    def _prepare_data_loader(self, data_loader: DataLoader[Any], **named: Any) -> DataLoader[Any]:
+        if self.secure_mode and not named.get("poisson_sampling"):
+            return data_loader  # Nothing rests on how it shuffles. Opacus would take its generator away.
+        prepared: DataLoader[Any] = super()._prepare_data_loader(data_loader, **named)
+        return prepared
 
 
 def secure_draws(loader: DataLoader[Any]) -> None:
-    """Let a Poisson loader draw as :class:`SecureSampler`, unless it has a generator of its own."""
+    """Let a Poisson loader draw as :class:`SecureSampler`, whatever generator it was given."""
     sampler: Any = loader.batch_sampler
-    if type(sampler) is UniformWithReplacementSampler and sampler.generator is None:
-        sampler.__class__ = SecureSampler
+    if isinstance(sampler, UniformWithReplacementSampler):
+        sampler.__class__, sampler.generator = SecureSampler, None
 
 
 class SecureSampler(UniformWithReplacementSampler):

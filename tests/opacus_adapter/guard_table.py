@@ -39,7 +39,8 @@ runs forward without backward | misleading error | PIA005 | stock: a_forward_pas
 asks for an epsilon where `int(1 / q)` loses a step | spends more than the target | plans for the loader it returns | stock: the_epsilon_that_was_asked_for_is_kept
 asks for an epsilon without Poisson sampling | calibrates for sampling that does not happen | PIA010 | stock: an_epsilon_for_sampling_that_does_not_happen
 counts on amplification without Poisson sampling | silent | PIA010, default rule `Unamplified` | guards: refused_before_the_model_is_touched
-samples at a rate that is no multiple of 2^-24 | draws at the multiple above: six times as often for 1e-8 | draws at the multiple below | drawing: stock_samplers_draw_more_often_than_their_rate
+samples at a rate that is no multiple of 2^-24 | draws at the multiple above: six times as often for 1e-8 | charges no less than it draws | drawing: stock_samplers_draw_more_often_than_their_rate
+sets a default precision of 8 or 11 bits | draws up to half as often again | draws in float32 | drawing: the_default_precision_has_no_part_in_draws
 changes the sampler's rate | silent | PIA010 | guards: the_sample_rate_cannot_change_behind_the_ledger
 draws an empty first batch of dictionaries in a worker | TypeError, or a batch of another type | an empty dictionary batch | stock: empty_first_batches_of_dictionaries_in_workers
 draws an empty batch with adaptive clipping | RuntimeError | a step nobody contributes to | stock: an_empty_batch_with_adaptive_clipping
@@ -49,7 +50,7 @@ compares runs on N and N - 1 instances | the denominator `int(N q)` tells | stat
 has thousands of noise multipliers | evaluates each on its own | `per_instance` sums them at once | stock: schedules_with_thousands_of_noises_are_counted_at_once
 trains in low precision | clipped gradients exceed the clip norm | PIA060 | guards: low_precision_parameters
 trains ghost clipping under autocast | norms between 0 and 13.7 times the true ones | PIA060 | modes: a_way_of_training
-lets PyTorch round float32 numbers before it multiplies them (`set_float32_matmul_precision("high")`; on CUDA the default for convolutions) | clipped sums exceed the clip norm, by up to one part in 250 | no matrix product in clipping; PIA060 with ghost clipping | precision: ghost_clipping_refuses_products_that_are_rounded
+lets PyTorch round float32 numbers before it multiplies them (`set_float32_matmul_precision("high")`; on CUDA the default for convolutions) | clipped sums exceed the clip norm, by up to one part in 250 | no matrix product in clipping, exact ones in both passes of ghost clipping | precision: both_passes_of_ghost_clipping_multiply_exactly
 scales the loss with GradScaler | clips everybody | PIA060 | guards: a_grad_scaler
 has a NaN or infinite input | all weights become NaN | PIA006 before anything is released | guards: a_gradient_that_is_not_finite
 trains with a frozen BatchNorm in training mode | rows mix, statistics leave without noise | PIA060 | stock: a_frozen_batch_norm_that_collects_statistics

@@ -2,19 +2,53 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from per_instance_accountant.errors import UnsupportedError
 from per_instance_accountant.opacus_adapter import PrivacyEngine, clipping, precision
-from tests.opacus_adapter.conftest import Convolutional, examples
+from tests.opacus_adapter.conftest import Convolutional, examples, perceptron
 
 pytestmark = pytest.mark.compat
-DEVICES = [torch.device("cpu"), torch.device("cuda")]
+NAMES = ("cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn")
 needs_settings = pytest.mark.skipif(
-    not hasattr(torch.backends.mkldnn, "matmul"), reason="settings of PyTorch 2.9"
+    not hasattr(torch.backends.cudnn, "conv"), reason="settings of PyTorch 2.9"
 )
+
+
+def asked() -> list[str]:
+    """What PyTorch may do to float32 numbers before it multiplies them, by device and operation."""
+    groups = [name.split(".") for name in NAMES]
+    return [getattr(getattr(torch.backends, one), other).fp32_precision for one, other in groups]
+
+
+SEEN: list[list[str]] = []
+
+
+class Looking(torch.autograd.Function):
+    """Looks at the settings in every backward pass."""
+
+    @staticmethod
+    def forward(context, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        SEEN.append(asked())
+        return gradient
+
+
+class Watched(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = perceptron()
+
+    def forward(self, x):
+        return Looking.apply(self.inner(x))
 
 
 @pytest.fixture
@@ -24,48 +58,63 @@ def lower():
     torch.set_float32_matmul_precision("highest")
 
 
-@pytest.mark.parametrize("device", DEVICES, ids=str)
-@pytest.mark.parametrize("asked", ["high", "medium"])
-def test_every_setting_below_the_highest_is_seen(device, asked, lower):
-    assert not precision.rounded_products(device, convolutions=False)
-    lower(asked)
-    assert precision.rounded_products(device, convolutions=False)
+@needs_settings
+@pytest.mark.parametrize("precise", ["high", "medium"])
+def test_both_passes_of_ghost_clipping_multiply_exactly(precise, lower, start, stock):
+    """In stock Opacus the second backward pass rounds what the first one measured, and nobody is told."""
+    lower(precise)
+    before = asked()
+    SEEN.clear()
+    silent = start(stock(), mode="ghost", module=Watched())
+    silent.step(next(iter(silent.loader)))
+    assert [before, before] == SEEN and {"tf32", "bf16"} & set(before)
+    SEEN.clear()
+    training = start(mode="ghost", module=Watched())
+    training.step(next(iter(training.loader)))
+    assert len(SEEN) == 2
+    assert all(set(seen) <= {"none", "ieee"} for seen in SEEN)
+    assert asked() == before and torch.get_float32_matmul_precision() == precise
 
 
 @needs_settings
-@pytest.mark.parametrize("rounded", ["tf32", "bf16"])
-def test_settings_for_convolutions_count_where_there_are_some(rounded):
-    cpu, settings = torch.device("cpu"), torch.backends.mkldnn.conv
-    before, settings.fp32_precision = settings.fp32_precision, rounded
+@pytest.mark.parametrize(
+    ("where", "value"), [*((where, "tf32") for where in range(6)), *((where, "bf16") for where in (3, 4, 5))]
+)
+def test_every_setting_is_looked_at_and_put_back(where, value):
+    one, other = NAMES[where].split(".")
+    group = getattr(getattr(torch.backends, one), other)
+    before, group.fp32_precision = group.fp32_precision, value
     try:
-        assert precision.rounded_products(cpu, convolutions=True)
-        assert not precision.rounded_products(cpu, convolutions=False)
+        assert asked()[where] == value
+        with suppress(ZeroDivisionError), precision.exact_products():
+            assert set(asked()) <= {"none", "ieee"}
+            raise ZeroDivisionError
+        assert asked()[where] == value
     finally:
-        settings.fp32_precision = before
+        group.fp32_precision = before
 
 
-def test_convolutions_on_cuda_are_rounded_unless_that_is_switched_off(monkeypatch):
-    cuda = torch.device("cuda")
-    assert precision.rounded_products(cuda, convolutions=True)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    assert not precision.rounded_products(cuda, convolutions=True)
+def test_the_settings_of_older_pytorch(monkeypatch):
+    older = SimpleNamespace(
+        cuda=SimpleNamespace(matmul=SimpleNamespace(allow_tf32=True)),
+        cudnn=SimpleNamespace(allow_tf32=True),
+        mkldnn=SimpleNamespace(),
+    )
+    monkeypatch.setattr(precision.torch, "backends", older)
+    with precision.exact_products():
+        assert not older.cuda.matmul.allow_tf32 and not older.cudnn.allow_tf32
+    assert older.cuda.matmul.allow_tf32 and older.cudnn.allow_tf32
 
 
-@pytest.mark.parametrize("asked", ["high", "medium"])
-def test_ghost_clipping_refuses_products_that_are_rounded(asked, lower, start, stock):
-    """In stock Opacus the second backward pass rounds what the first one measured, and nobody is told."""
-    lower(asked)
-    silent = start(stock(), mode="ghost")
-    silent.step(next(iter(silent.loader)))
-    training = start(mode="ghost")
-    before, batches = training.weights, iter(training.loader)
+@pytest.mark.parametrize(("mode", "refused"), [("BF16", True), ("any", True), ("STRICT", False)])
+def test_the_environment_of_onednn(mode, refused, monkeypatch, start):
+    monkeypatch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", mode)
+    start(mode="hooks")
+    if not refused:
+        start(mode="ghost")
+        return
     with pytest.raises(UnsupportedError, match="PIA060"):
-        training.step(next(batches))
-    assert torch.equal(training.weights, before) and training.engine.ledger.num_steps == 0
-    lower("highest")
-    training.engine.abandon()
-    training.step(next(batches))
-    assert training.engine.ledger.num_steps == 1
+        start(mode="ghost")
 
 
 @pytest.mark.parametrize("build", [None, Convolutional])
@@ -109,7 +158,7 @@ def test_clipping_uses_no_matrix_product(monkeypatch):
         assert torch.allclose(total, rows.sum(dim=0), atol=1e-4)
 
 
-def test_one_strip_is_enough(start):
+def test_one_strip_is_enough():
     """As on an accelerator, where strips would gain nothing."""
     rows = torch.randn(40, 10007, generator=torch.Generator().manual_seed(0))
     own = torch.rand(40, generator=torch.Generator().manual_seed(1))

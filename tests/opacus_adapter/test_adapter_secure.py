@@ -13,9 +13,8 @@ from opacus.data_loader import DPDataLoader
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel as DPDDP
 from opacus.optimizers import DistributedDPOptimizer
 from opacus.optimizers.optimizer import _generate_noise
-from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from scipy import stats
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from per_instance_accountant.errors import UnsupportedError
 from per_instance_accountant.opacus_adapter import PrivacyEngine, secure
@@ -97,11 +96,39 @@ def test_draws_are_never_above_the_rate(rate, monkeypatch):
     assert list(sampler) == [expected, expected]
 
 
-def test_a_generator_of_the_users_own_keeps_drawing():
-    for generator, kind in ((torch.Generator(), UniformWithReplacementSampler), (None, secure.SecureSampler)):
-        loader = DPDataLoader(TensorDataset(torch.ones(4, 1)), sample_rate=0.5, generator=generator)
-        secure.secure_draws(loader)
-        assert type(loader.batch_sampler) is kind
+def test_a_generator_of_the_users_own_is_not_used():
+    loader = DPDataLoader(TensorDataset(torch.ones(4, 1)), sample_rate=0.5, generator=torch.Generator())
+    secure.secure_draws(loader)
+    assert type(loader.batch_sampler) is secure.SecureSampler and loader.batch_sampler.generator is None
+
+
+def test_loaders_that_opacus_does_not_replace_stay_as_they_are():
+    data = TensorDataset(torch.ones(12, 3), torch.zeros(12, dtype=torch.int64))
+    for shuffle in (False, True):
+        own, model = torch.Generator(), torch.nn.Linear(3, 2)
+        loader = DataLoader(data, batch_size=4, shuffle=shuffle, generator=own)
+        engine = PrivacyEngine(accountant="rdp", secure_mode=True)
+        model, optimizer, tracked = engine.make_private(
+            module=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            data_loader=loader,
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+            poisson_sampling=False,
+        )
+        assert loader.generator is tracked.generator is own
+        for x, y in tracked:
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        assert engine.ledger.num_steps == 3
+
+
+def test_one_sum_gets_noise_once(start):
+    training = start(PrivacyEngine(accountant="rdp", secure_mode=True))
+    training.step(next(iter(training.loader)))
+    with pytest.raises(ValueError, match="cleared"):
+        training.optimizer.add_noise()
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
