@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from scipy import stats
 from torch import nn
 
@@ -20,6 +19,7 @@ from per_instance_accountant import Ledger, PrivacyEngine, account
 from per_instance_accountant.errors import PiaError
 from per_instance_accountant.ledger import Phase, Resume, Step, Thresholds, merge_parts
 from per_instance_accountant.opacus_adapter import SGLD
+from per_instance_accountant.opacus_adapter.drawing import PoissonSampler
 from tests.opacus_adapter.rank_worker import CLIP, COUNT, RATE, examples, network, private
 
 CASES: dict[str, dict[str, Any]] = {
@@ -142,9 +142,7 @@ def test_the_merged_ledger_equals_that_of_one_process(pair, name, monkeypatch, t
     together = merged(folder / name)
     draws = iter([step.positions.tolist() for step in steps_of(together)])
     length = COUNT // 9 + 1
-    monkeypatch.setattr(
-        UniformWithReplacementSampler, "__iter__", lambda self: (next(draws) for _ in range(length))
-    )
+    monkeypatch.setattr(PoissonSampler, "__iter__", lambda self: (next(draws) for _ in range(length)))
     options = {**CASES[name], "wrap": "none"}
     engine, model, optimizer, criterion, loader = private(0, tmp_path, options, network())
     for _ in range(2):
