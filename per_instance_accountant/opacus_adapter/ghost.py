@@ -12,7 +12,7 @@ from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClippi
 
 from per_instance_accountant.errors import AlignmentError, UnsupportedError
 from per_instance_accountant.opacus_adapter.clipping import NORM_SLACK, check_counts, row_norms
-from per_instance_accountant.opacus_adapter.precision import check_environment, check_signals, exact_products
+from per_instance_accountant.opacus_adapter.precision import check_environment, check_signals, exactly
 from per_instance_accountant.opacus_adapter.ranks import SHARDED
 
 if TYPE_CHECKING:
@@ -84,8 +84,7 @@ def _backward(self: Any, *args: Any, **named: Any) -> Any:
         return factors.tracker.optimizer.drop_stand_in(self.loss_per_sample)
     self.loss_per_sample = one_loss_each(self.loss_per_sample, factors.tracker.batch_size)
     try:
-        with exact_products():
-            found = _stock_backward(self, *args, **named)
+        found = exactly(_stock_backward, self, *args, **named)
     except BaseException:
         self.module.enable_hooks()  # Off between the two passes, and they would stay off.
         raise

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -39,38 +39,41 @@ def check_signals(*tensors: Any) -> None:
             )
 
 
+@cache
 def _settings() -> list[tuple[Any, str, Any]]:
     """Where PyTorch says whether it may round float32 numbers to 8 or 11 bits before it multiplies them, and
     what stands for that it may not."""
     backends: Any = torch.backends
-    if hasattr(backends.cudnn, "conv"):  # PyTorch 2.9 and newer
-        groups = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
-        groups += [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
-        return [(group, "fp32_precision", "ieee") for group in groups]
-    groups = [backends.cuda.matmul, backends.cudnn, backends.mkldnn]
-    return [(group, "allow_tf32", False) for group in groups if hasattr(group, "allow_tf32")]
+    if not hasattr(backends.cudnn, "conv"):  # PyTorch before 2.9
+        groups = [backends.cuda.matmul, backends.cudnn, backends.mkldnn]
+        return [(group, "allow_tf32", False) for group in groups if hasattr(group, "allow_tf32")]
+    groups = [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
+    if backends.cuda.is_built():
+        groups += [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+    return [(group, "fp32_precision", "ieee") for group in groups]
 
 
-@contextmanager
-def exact_products() -> Iterator[None]:
-    """Inside, no setting lets PyTorch round float32 numbers before it multiplies them.
+def exactly(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    """Call a function while no setting lets PyTorch round float32 numbers before it multiplies them.
 
     ``set_float32_matmul_precision`` lets it, and for convolutions on CUDA it is the default. The second
     backward pass of ghost clipping, which makes the gradients that are released, would then round what the
     first one measured: up to a few parts in 1000 more than is recorded.
 
-    >>> with exact_products():
-    ...     torch.get_float32_matmul_precision()
+    >>> exactly(torch.get_float32_matmul_precision)
     'highest'
     """
-    before = [(group, name, getattr(group, name), exact) for group, name, exact in _settings()]
-    before = [entry for entry in before if entry[2] not in (entry[3], "none")]
+    lowered = []
+    for group, name, exact in _settings():
+        value = getattr(group, name)
+        if value not in (exact, "none"):
+            lowered.append((group, name, value, exact))
     try:
-        for group, name, _, exact in before:
+        for group, name, _, exact in lowered:
             setattr(group, name, exact)
-        yield
+        return function(*arguments, **named)
     finally:
-        for group, name, value, _ in before:
+        for group, name, value, _ in lowered:
             setattr(group, name, value)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from types import SimpleNamespace
 
 import numpy as np
@@ -52,7 +51,14 @@ class Watched(torch.nn.Module):
 
 
 @pytest.fixture
-def lower():
+def anywhere(monkeypatch):
+    """As where PyTorch was built for CUDA, too."""
+    monkeypatch.setattr(precision, "_settings", precision._settings.__wrapped__)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+
+
+@pytest.fixture
+def lower(anywhere):
     """lower("medium"): let products of float32 numbers be less precise, until the test ends."""
     yield torch.set_float32_matmul_precision
     torch.set_float32_matmul_precision("highest")
@@ -80,15 +86,18 @@ def test_both_passes_of_ghost_clipping_multiply_exactly(precise, lower, start, s
 @pytest.mark.parametrize(
     ("where", "value"), [*((where, "tf32") for where in range(6)), *((where, "bf16") for where in (3, 4, 5))]
 )
-def test_every_setting_is_looked_at_and_put_back(where, value):
+def test_every_setting_is_looked_at_and_put_back(where, value, anywhere):
+    def fail():
+        assert set(asked()) <= {"none", "ieee"}
+        raise ZeroDivisionError
+
     one, other = NAMES[where].split(".")
     group = getattr(getattr(torch.backends, one), other)
     before, group.fp32_precision = group.fp32_precision, value
     try:
         assert asked()[where] == value
-        with suppress(ZeroDivisionError), precision.exact_products():
-            assert set(asked()) <= {"none", "ieee"}
-            raise ZeroDivisionError
+        with pytest.raises(ZeroDivisionError):
+            precision.exactly(fail)
         assert asked()[where] == value
     finally:
         group.fp32_precision = before
@@ -100,9 +109,10 @@ def test_the_settings_of_older_pytorch(monkeypatch):
         cudnn=SimpleNamespace(allow_tf32=True),
         mkldnn=SimpleNamespace(),
     )
+    monkeypatch.setattr(precision, "_settings", precision._settings.__wrapped__)
     monkeypatch.setattr(precision.torch, "backends", older)
-    with precision.exact_products():
-        assert not older.cuda.matmul.allow_tf32 and not older.cudnn.allow_tf32
+    inside = precision.exactly(lambda: (older.cuda.matmul.allow_tf32, older.cudnn.allow_tf32))
+    assert inside == (False, False)
     assert older.cuda.matmul.allow_tf32 and older.cudnn.allow_tf32
 
 
