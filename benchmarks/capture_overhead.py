@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks import Figure, arguments, report
 from per_instance_accountant.opacus_adapter import PrivacyEngine, sweep_norms
 
-BATCH, COUNT, STARTS = 64, 1024, 5
+BATCH, COUNT, STARTS = 64, 1024, 7
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,7 +191,7 @@ def main() -> None:
     keep_memory()
     torch.set_num_threads(1)
     options = arguments(__doc__)
-    rounds, steps = (4, 2) if options.quick else (12, 3)
+    rounds, steps = (4, 2) if options.quick else (9, 3)
     figures: dict[str, Figure] = {}
     for way in WAYS:
         figures |= compare(way, rounds, steps)

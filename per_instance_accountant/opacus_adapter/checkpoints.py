@@ -103,7 +103,8 @@ class NoiseSessions:
         if not _draws(optimizer):
             return
         self._take_note()
-        mark, block, position = _place(_random_state(optimizer))
+        state = _random_state(optimizer)
+        mark, (block, position) = _digest(state), _place(state)
         if mark in self._drawn or position < self._reached.get(block, 0):
             raise GuaranteeError(
                 "PIA091",
@@ -125,7 +126,7 @@ class NoiseSessions:
     def _take_note(self) -> None:
         if self._left is None:
             return
-        _, block, position = _place(self._left)
+        block, position = _place(self._left)
         self._left = None
         if block != self._block:
             self._reached[self._block] = float("inf")
@@ -166,23 +167,21 @@ _WORDS = slice(FIRST_WORD, FIRST_WORD + 8 * 8)
 """The first 8 of the 624 words of a Mersenne twister's block, which tell it from others."""
 
 
-def _place(state: bytes) -> tuple[bytes, bytes, int]:
-    """What tells a state from all others, the block of numbers that the generator is in, and its position
-    there.
+def _place(state: bytes) -> tuple[bytes, int]:
+    """What tells the block of numbers that the generator is in from others, and its position there.
 
-    Equal states and equal blocks always look equal, different ones of one generator never but by chance.
-    Mersenne twister: seed, words left plus one, position, 624 words, cached normals. Philox: seed and
-    offset. Of other generators nothing is known but their whole state.
+    Equal blocks always look equal, different ones of one generator never but by chance. Mersenne twister:
+    seed, words left plus one, position, 624 words, cached normals. Philox: seed and offset. Of other
+    generators nothing is known but their whole state.
     """
-    mark = _digest(state)
     if len(state) == MERSENNE and int.from_bytes(state[8:12], "little") == 1:
         # Nothing is left, as after a seed: what is drawn next comes from the block that follows.
         ahead = torch.Generator()
         ahead.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
         torch.rand(1, generator=ahead)
-        return mark, ahead.get_state().numpy().tobytes()[_WORDS], 0
+        return ahead.get_state().numpy().tobytes()[_WORDS], 0
     if len(state) == MERSENNE:
-        return mark, state[_WORDS], int.from_bytes(state[16:24], "little")
+        return state[_WORDS], int.from_bytes(state[16:24], "little")
     if len(state) == PHILOX:
-        return mark, state[:8], int.from_bytes(state[8:], "little")
-    return mark, mark, 0
+        return state[:8], int.from_bytes(state[8:], "little")
+    return _digest(state), 0

@@ -69,7 +69,11 @@ class Draw(list[int]):
         self.part = part
 
     def __reduce__(self) -> Any:
-        return Draw, (list(self), self.part)
+        return _drawn, (list(self), *self.part)
+
+
+def _drawn(rows: list[int], *part: Any) -> Draw:
+    return Draw(rows, Part(*part))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +103,7 @@ class IndexedBatch:
     batch: Any
 
     def __reduce__(self) -> Any:
-        return _unpacked, (self.rows.tobytes(), self.part, self.batch)
+        return _unpacked, (self.rows.tobytes(), self.part and tuple(self.part), self.batch)
 
     def pin_memory(self, device: Any = None) -> IndexedBatch:
         return IndexedBatch(self.rows, self.part, pin_memory(self.batch, device))
@@ -112,8 +116,8 @@ class IndexedBatch:
     __iter__ = __getitem__ = __len__ = _rewrapped
 
 
-def _unpacked(rows: bytes, part: Part | None, batch: Any) -> IndexedBatch:
-    return IndexedBatch(np.frombuffer(rows, dtype=np.int64), part, batch)
+def _unpacked(rows: bytes, part: tuple[Any, ...] | None, batch: Any) -> IndexedBatch:
+    return IndexedBatch(np.frombuffer(rows, dtype=np.int64), Part(*part) if part else None, batch)
 
 
 class IndexedDataset(Dataset[Any]):
