@@ -225,13 +225,15 @@ def describe_setting(
     kind: str,
     plan_digest: str | None,
     positions: NDArray[np.int64] | None,
+    *,
+    secure: bool = False,
 ) -> Setting:
-    """How this loader draws and this module computes. Raises GuaranteeError PIA010 as
-    :func:`choose_charging`."""
+    """How this loader draws, which is settled here, and this module computes. Raises GuaranteeError PIA010
+    as :func:`choose_charging`."""
     sampler: Any = loader.batch_sampler
     poisson = is_poisson(loader)
     rows = len(loader.dataset)  # type: ignore[arg-type]
-    rate = settle_rate(sampler) if poisson else min(1.0, (loader.batch_size or rows) / rows)
+    rate = settle_rate(sampler, secure=secure) if poisson else min(1.0, (loader.batch_size or rows) / rows)
     return Setting(
         charging=choose_charging(charging, poisson),
         sampling="poisson" if poisson else "shuffled",

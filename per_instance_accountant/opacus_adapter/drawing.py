@@ -38,8 +38,9 @@ class PoissonSampler(UniformWithReplacementSampler):
             yield draw(self.num_samples, self.sample_rate, self.generator).nonzero().flatten().tolist()
 
 
-def settle_rate(sampler: Any) -> float:
-    """Make a Poisson sampler draw at its rate or below; the rate to be charged.
+def settle_rate(sampler: Any, *, secure: bool = False) -> float:
+    """Make a Poisson sampler draw at its rate or below; the rate to be charged. secure: by the operating
+    system's generator, whatever generator it was given.
 
     Opacus draws where ``torch.rand(...) < sample_rate``, which happens with probability ``sample_rate``
     rounded UP to a multiple of STEP: six times as often as charged for a rate of 1e-8. So the
@@ -50,6 +51,8 @@ def settle_rate(sampler: Any) -> float:
     (0.05, 838860.0)
     """
     rate = float(sampler.sample_rate)
+    if secure and type(sampler) in (UniformWithReplacementSampler, PoissonSampler):
+        sampler.__class__, sampler.generator = SecureSampler, None
     if isinstance(sampler, SecureSampler):
         return rate
     if type(sampler) is UniformWithReplacementSampler:

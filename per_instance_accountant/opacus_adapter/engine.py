@@ -44,7 +44,7 @@ from per_instance_accountant.opacus_adapter.rank_steps import (
 )
 from per_instance_accountant.opacus_adapter.ranks import SHARDED
 from per_instance_accountant.opacus_adapter.recording import Recorder
-from per_instance_accountant.opacus_adapter.secure import SecureEngine, secure_draws
+from per_instance_accountant.opacus_adapter.secure import SecureEngine
 from per_instance_accountant.opacus_adapter.sharding import prepare_sharded
 from per_instance_accountant.opacus_adapter.verifying import Verifier, Verify
 from per_instance_accountant.opacus_adapter.watching import ForwardWatch
@@ -97,8 +97,6 @@ def attach(
     data_loader = data_loader if ranks is None else part_loader(data_loader, ranks)
     prepare_sharded(optimizer, module, verify)
     check_loader(data_loader)
-    if optimizer.secure_mode:
-        secure_draws(data_loader)
     appended = ledger.run if isinstance(ledger, LedgerWriter) else None
     run = check.describe_run(data_loader, ids, groups, assumptions, appended)
     if ranks is not None:
@@ -106,7 +104,9 @@ def attach(
     rows = len(data_loader.dataset)  # type: ignore[arg-type]
     mapping = check.check_positions(positions, rows, run.num_instances)
     setting = replace(
-        check.describe_setting(data_loader, charging, module, kind, plan_digest, mapping),
+        check.describe_setting(
+            data_loader, charging, module, kind, plan_digest, mapping, secure=optimizer.secure_mode
+        ),
         projection_radius=projection_radius,
         budget=filter,
     )

@@ -159,9 +159,9 @@ class TrackedOptimizer(DPOptimizer):
             super().add_noise()
 
     def _add_secure_noise(self) -> None:
+        std = self.noise_multiplier * self.max_grad_norm
         for p in self.params:
             _check_processed_flag(p.summed_grad)
-            std = self.noise_multiplier * self.max_grad_norm
             p.grad = with_secure_noise(p.summed_grad, std).view_as(p)
             _mark_as_processed(p.summed_grad)
 

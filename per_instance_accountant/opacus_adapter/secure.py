@@ -79,13 +79,6 @@ class SecureEngine(opacus.PrivacyEngine):
         return prepared
 
 
-def secure_draws(loader: DataLoader[Any]) -> None:
-    """Let a Poisson loader draw as :class:`SecureSampler`, whatever generator it was given."""
-    sampler: Any = loader.batch_sampler
-    if isinstance(sampler, UniformWithReplacementSampler):
-        sampler.__class__, sampler.generator = SecureSampler, None
-
-
 class SecureSampler(UniformWithReplacementSampler):
     """Opacus' Poisson sampler with draws that no seed repeats, at its rate rounded down to a multiple of
     2^-64.

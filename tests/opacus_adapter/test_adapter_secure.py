@@ -9,15 +9,17 @@ import numpy as np
 import opacus
 import pytest
 import torch
+from opacus import GradSampleModule
 from opacus.data_loader import DPDataLoader
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel as DPDDP
-from opacus.optimizers import DistributedDPOptimizer
+from opacus.optimizers import DistributedDPOptimizer, DPOptimizer
 from opacus.optimizers.optimizer import _generate_noise
+from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from scipy import stats
 from torch.utils.data import DataLoader, TensorDataset
 
 from per_instance_accountant.errors import UnsupportedError
-from per_instance_accountant.opacus_adapter import PrivacyEngine, secure
+from per_instance_accountant.opacus_adapter import PrivacyEngine, attach, drawing, secure
 from per_instance_accountant.opacus_adapter.rank_steps import join_ranks
 
 pytestmark = pytest.mark.compat
@@ -98,8 +100,27 @@ def test_draws_are_never_above_the_rate(rate, monkeypatch):
 
 def test_a_generator_of_the_users_own_is_not_used():
     loader = DPDataLoader(TensorDataset(torch.ones(4, 1)), sample_rate=0.5, generator=torch.Generator())
-    secure.secure_draws(loader)
+    drawing.settle_rate(loader.batch_sampler, secure=True)
     assert type(loader.batch_sampler) is secure.SecureSampler and loader.batch_sampler.generator is None
+
+
+def test_a_sampler_of_the_users_own_keeps_its_draws():
+    class Own(UniformWithReplacementSampler):
+        pass
+
+    module = GradSampleModule(torch.nn.Linear(1, 1))
+    optimizer = DPOptimizer(
+        torch.optim.SGD(module.parameters(), lr=0.1),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        expected_batch_size=2,
+        secure_mode=True,
+    )
+    own = Own(num_samples=4, sample_rate=0.5, generator=torch.Generator())
+    tracker, loader = attach(optimizer, DataLoader(TensorDataset(torch.ones(4, 1)), batch_sampler=own))
+    # Nobody knows how it draws, so it is charged without amplification.
+    assert type(loader.batch_sampler) is Own and own.generator is not None
+    assert tracker.recorder.setting.sampling != "poisson"
 
 
 def test_loaders_that_opacus_does_not_replace_stay_as_they_are():
